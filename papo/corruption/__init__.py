@@ -1,0 +1,1 @@
+"""Ways to take information out of an image while its size stays."""

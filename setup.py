@@ -1,0 +1,55 @@
+"""The one place where package versions are written; scripts, CI and the Dockerfile install from here."""
+
+from setuptools import find_packages, setup
+
+# Exact pins where a neighbouring version is known to break something or cannot be told from a good one;
+# ranges up to the next major version for the rest.
+REQUIRES = [
+    # A newer torch from PyPI is another CUDA build, and torchvision belongs to exactly one torch.
+    "torch==2.13.0",
+    "torchvision==0.28.0",
+    # The range that vLLM 0.32 accepts.
+    "transformers>=5.16.1,<5.20",
+    "ray==2.60.0",
+    "hydra-core==1.3.8",
+    "omegaconf==2.3.1",
+    "tensordict==0.15.3",
+    "torchdata==0.11.0",
+    "math-verify==0.9.0",
+    "mathruler==0.1.0",
+    # mathruler imports it and does not declare it.
+    "pylatexenc>=2.10,<3",
+    "datasets>=5.2,<6",
+    "pyarrow>=21",
+    "numpy>=2.1,<3",
+    "pillow>=11",
+    "jinja2>=3.1,<4",
+    "matplotlib>=3.9,<4",
+    "scikit-learn>=1.6,<2",
+    "tqdm>=4.66,<5",
+    "packaging>=24",
+]
+
+TENSORBOARD = ["tensorboard>=2.18,<3"]
+
+EXTRAS = {
+    "wandb": ["wandb>=0.31,<1"],
+    "tensorboard": TENSORBOARD,
+    # Built against the torch that is there: pip install --no-build-isolation -e '.[flash-attn]'
+    "flash-attn": ["flash-attn>=2.8.3,<3"],
+    "test": ["pytest>=8,<10", "hypothesis>=6.100,<7", *TENSORBOARD],
+    "dev": ["ruff>=0.9,<1"],
+}
+
+setup(
+    name="papo-rl",
+    version="0.1.0",
+    description="Reinforcement learning for vision-language models: GRPO, DAPO and perception-aware PAPO",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["verl", "verl.*", "papo", "papo.*"]),
+    package_data={name: ["**/*.yaml", "**/*.json", "**/*.jinja"] for name in ("verl", "papo")},
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"verl.plugins": ["papo = papo.plugin:register"]},
+)

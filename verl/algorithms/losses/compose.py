@@ -1,0 +1,94 @@
+"""The one place where loss terms are reduced and added: loss = sum of sign * coef * reduce(values, mask, denominator)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from verl.algorithms.losses.term import LOSS_TERMS, Columns, TermKind, TermOutput
+from verl.config.algorithm import LossAverage, LossTermConfig
+from verl.metrics.bag import MetricBag
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """A term as configured: its name in the config, its kind and its options."""
+
+    name: str
+    kind: TermKind
+    config: LossTermConfig
+
+    @property
+    def metric(self) -> str:
+        return f"actor/{self.kind.metric or self.name}"
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        return self.kind.requires(self.config)
+
+
+def build_terms(configs: Mapping[str, LossTermConfig]) -> list[LossTerm]:
+    """The configured terms, in order. Raises ValueError for an unknown kind."""
+    return [LossTerm(name, LOSS_TERMS[config.kind], config) for name, config in configs.items()]
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """Valid tokens and sequences of one whole mini-batch, over all micro-batches and ranks."""
+
+    tokens: float
+    sequences: float
+
+    @staticmethod
+    def count(mask: torch.Tensor) -> torch.Tensor:
+        """[tokens, sequences] of a mask [B, T]; add these over ranks, then make a Denominators of the sum."""
+        return torch.stack([mask.sum(), (mask.sum(-1) > 0).sum()]).double()
+
+
+def reduce_values(
+    values: torch.Tensor, mask: torch.Tensor, average: LossAverage, denominators: Denominators
+) -> torch.Tensor:
+    """This part's share of the mini-batch mean of `values` [B, T] over `mask` [B, T]; shares add up to the mean.
+
+    `token`: every valid token counts alike. `seq`: the mean of each sequence's own mean.
+    """
+    # where, not a product: a value that is not finite at a padded position must not reach the loss.
+    valid = torch.where(mask.bool(), values, 0.0)
+    if average == LossAverage.token:
+        return valid.sum() / max(denominators.tokens, 1.0)
+    per_sequence = valid.sum(-1) / mask.sum(-1).clamp(min=1)
+    return per_sequence.sum() / max(denominators.sequences, 1.0)
+
+
+def compute_losses(
+    terms: list[LossTerm],
+    columns: Columns,
+    mask: torch.Tensor,
+    average: LossAverage,
+    denominators: Denominators,
+    metrics: MetricBag,
+) -> dict[str, torch.Tensor]:
+    """Each term's signed, weighted share of the loss, as name -> scalar; the loss is their sum.
+
+    Token sums of every term's values and further metrics are added to `metrics`. A term with coefficient 0 is
+    computed for its metric alone and left out of the result.
+    """
+    losses = {}
+    for term in terms:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and term.config.coef != 0):
+            output = term.kind.function(columns, term.config)
+            output = output if isinstance(output, TermOutput) else TermOutput(output)
+        if output.values.shape != mask.shape:
+            raise ValueError(
+                f"loss term '{term.name}' returned values of shape {tuple(output.values.shape)}; a term returns "
+                f"one value per token, {tuple(mask.shape)}, and leaves the reduction to the framework"
+            )
+        metrics.add_tokens(term.metric, output.values.detach(), mask)
+        for name, values in output.metrics.items():
+            metrics.add_tokens(f"actor/{name}", values.detach(), mask)
+        if term.config.coef != 0:
+            share = reduce_values(output.values, mask, average, denominators)
+            losses[term.name] = term.kind.sign * term.config.coef * share
+    return losses

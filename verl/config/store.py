@@ -1,0 +1,19 @@
+"""Hydra's ConfigStore: the one schema, and the groups that plugins add options to."""
+
+from __future__ import annotations
+
+from hydra.core.config_store import ConfigStore
+
+SCHEMA = "schema"
+
+
+def store_option(group: str, name: str, config_class: type) -> None:
+    """Offer `config_class` as `group@some.key=name`, in presets and on the command line."""
+    ConfigStore.instance().store(group=group, name=name, node=config_class, provider="verl")
+
+
+def store_schema() -> None:
+    """Offer the whole config as `schema`, the first entry of every preset's defaults list."""
+    from verl.config.config import Config
+
+    ConfigStore.instance().store(name=SCHEMA, node=Config, provider="verl")

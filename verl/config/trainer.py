@@ -1,0 +1,40 @@
+"""`trainer.*`: how long, on what, and what a run leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Device(str, Enum):
+    """Where models run; `auto` takes GPUs where there are some."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass
+class TrainerConfig:
+    """The run ends after `max_steps`, or after `total_epochs` where `max_steps` is not set.
+
+    `n_gpus_per_node` is the number of training ranks per node: one per GPU, or one process per rank on CPU.
+    `val_freq` counts steps, 0 validates only before and after. `samples_per_step` generations of each step go
+    to samples.jsonl.
+    """
+
+    project_name: str = "papo"
+    experiment_name: str = "run"
+    output_dir: str = "outputs/${trainer.project_name}/${trainer.experiment_name}"
+    total_epochs: int = 2
+    max_steps: int | None = None
+    seed: int = 1
+    device: Device = Device.auto
+    nnodes: int = 1
+    n_gpus_per_node: int = 8
+    val_before_train: bool = True
+    val_freq: int = 5
+    val_after_train: bool = True
+    samples_per_step: int = 4
+    save_model: bool = True
+    logger: list[str] = field(default_factory=lambda: ["console", "jsonl"])

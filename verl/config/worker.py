@@ -1,0 +1,136 @@
+"""`worker.*`: actor, reference, rollout and reward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import II, MISSING
+
+from verl.config.algorithm import LossAverage
+
+
+class LRSchedule(str, Enum):
+    """Shape of the learning rate after the warm-up."""
+
+    constant = "constant"
+    cosine = "cosine"
+
+
+class ComputeDtype(str, Enum):
+    """Precision of forward and backward; weights and optimizer states stay in float32."""
+
+    auto = "auto"  # bfloat16 on GPUs, float32 on CPU
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@dataclass
+class ModelConfig:
+    """`model_path`: a Hugging Face folder or hub name."""
+
+    model_path: str = MISSING
+    trust_remote_code: bool = False
+    attn_implementation: str = "sdpa"
+    enable_gradient_checkpointing: bool = True
+    freeze_vision_tower: bool = False
+
+
+@dataclass
+class OptimConfig:
+    """AdamW. The warm-up is linear, over `lr_warmup_steps` optimizer updates."""
+
+    lr: float = 1e-6
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+    lr_warmup_steps: int = 0
+    lr_scheduler_type: LRSchedule = LRSchedule.constant
+    min_lr_ratio: float = 0.0
+
+
+@dataclass
+class FSDPConfig:
+    """`reshard_after_forward` frees gathered weights between forward and backward: less memory, more traffic.
+
+    Blocks with fewer than `min_block_params` parameters are not sharded on their own but with the whole, since
+    a gather costs more than it saves on small blocks.
+    """
+
+    compute_dtype: ComputeDtype = ComputeDtype.auto
+    reshard_after_forward: bool = True
+    min_block_params: int = 0
+
+
+@dataclass
+class ActorConfig:
+    """`global_batch_size` counts prompts per optimizer update, micro-batch sizes count responses per device.
+
+    `logits_chunk_size` is the number of tokens whose logits exist at one time.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    fsdp: FSDPConfig = field(default_factory=FSDPConfig)
+    global_batch_size: int = 128
+    micro_batch_size_per_device_for_update: int = 4
+    micro_batch_size_per_device_for_experience: int = 16
+    ppo_epochs: int = 1
+    max_grad_norm: float = 1.0
+    max_skipped_updates: int = 5
+    loss_avg_mode: LossAverage = LossAverage.token
+    logits_chunk_size: int = 1024
+
+
+@dataclass
+class RefConfig:
+    """The frozen reference. It is built only if a loss term reads its log-probs."""
+
+    model_path: str = II("worker.actor.model.model_path")
+    fsdp: FSDPConfig = field(default_factory=FSDPConfig)
+
+
+@dataclass
+class SamplingOverride:
+    """What validation samples otherwise than training; unset fields are taken from `worker.rollout`."""
+
+    n: int | None = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+
+
+@dataclass
+class RolloutConfig:
+    """`n` responses per prompt. `top_k` -1 keeps all tokens. `max_batch_size` counts responses per engine call.
+
+    `cpu_threads` limits the engine's threads on CPU; by default it has all cores, since trainers wait meanwhile.
+    """
+
+    name: str = "hf"
+    n: int = 5
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    seed: int = II("trainer.seed")
+    max_batch_size: int = 512
+    sync_bucket_mb: int = 256
+    cpu_threads: int | None = None
+    val_override_config: SamplingOverride = field(default_factory=SamplingOverride)
+
+
+@dataclass
+class RewardConfig:
+    """`reward_function`: `path/to/file.py:function`, list[RewardInput] -> list[RewardScore]."""
+
+    reward_function: str = MISSING
+    reward_function_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class WorkerConfig:
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    ref: RefConfig = field(default_factory=RefConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)

@@ -1,0 +1,53 @@
+"""Prompts to a padded batch, and prompts with responses to what the trainer reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from verl.models.families import positions_of_response
+from verl.protocol import DataProto
+
+OBJECTS = ("uid", "problem", "answer", "images", "mm_inputs")
+
+
+class PromptCollator:
+    """Joins items of a PromptDataset into one batch, prompts padded on the left to the longest."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, items: list[dict[str, Any]]) -> DataProto:
+        longest = max(len(item["prompt_ids"]) for item in items)
+        ids = torch.full((len(items), longest), self.pad_token_id, dtype=torch.int64)
+        mask = torch.zeros(len(items), longest, dtype=torch.int64)
+        positions = torch.zeros(len(items), 3, longest, dtype=torch.int64)
+        for row, item in enumerate(items):
+            length = len(item["prompt_ids"])
+            ids[row, longest - length :] = item["prompt_ids"]
+            mask[row, longest - length :] = 1
+            positions[row, :, longest - length :] = item["prompt_positions"]
+        return DataProto.from_dict(
+            {"prompt_ids": ids, "prompt_mask": mask, "prompt_positions": positions},
+            {name: [item[name] for item in items] for name in OBJECTS},
+        )
+
+
+def join_responses(prompts: DataProto, rollout: DataProto, num_responses: int) -> DataProto:
+    """Prompts, each repeated `num_responses` times, with the engine's responses behind them.
+
+    Args:
+        prompts: B rows as the collator makes them.
+        rollout: B x num_responses rows with `responses`, `response_mask` and `rollout_log_probs`, in order.
+    """
+    batch = prompts.repeat_interleave(num_responses)
+    tail = positions_of_response(batch["prompt_positions"], rollout["responses"].shape[1])
+    return batch.with_columns(
+        {
+            **dict(rollout.tensors.items()),
+            "input_ids": torch.cat([batch["prompt_ids"], rollout["responses"]], dim=1),
+            "attention_mask": torch.cat([batch["prompt_mask"], rollout["response_mask"]], dim=1),
+            "position_ids": torch.cat([batch["prompt_positions"], tail], dim=2),
+        }
+    )

@@ -1,0 +1,130 @@
+"""PromptDataset: rows of files as prompts that a model can read."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from jinja2 import Environment, StrictUndefined, TemplateError
+from torch.utils.data import Dataset
+
+from verl.config.data import DataConfig
+from verl.data.files import open_rows
+from verl.data.overlong import filter_overlong
+from verl.data.vision import VisionProcessor, open_image
+
+logger = logging.getLogger(__name__)
+
+IMAGE_MARKER = "<image>"
+
+
+class PromptDataset(Dataset):
+    """One item per row: `uid`, `problem`, `answer`, `images`, `prompt_ids`, `prompt_positions`, `mm_inputs`.
+
+    All rows are checked when it is made (columns, `<image>` markers against images), so that a bad row stops
+    the run at the start and not after hours.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the config key, the file and the row.
+    """
+
+    def __init__(self, reference: str, key: str, config: DataConfig, vision: VisionProcessor) -> None:
+        self.config = config
+        self.vision = vision
+        self.rows = open_rows(reference, key, config.image_key)
+        self._check_columns(key)
+        self.template = load_template(config.format_prompt)
+        self._check_markers()
+        self.indices = list(range(len(self.rows.dataset)))
+        if config.filter_overlong_prompts:
+            self.indices = filter_overlong(self)
+        logger.info("%s: %d prompts from %s", key, len(self), ", ".join(name for name, _ in self.rows.sources))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        index = self.indices[item]
+        row = self.rows.dataset[index]
+        try:
+            images = [open_image(image, self.config.image_dir) for image in self.images_of(row)]
+            problem = self.prompt_text(row)
+            encoded = self.vision.encode_prompt(self.vision.chat_text(problem), images)
+        except (ValueError, FileNotFoundError, TemplateError) as error:
+            raise ValueError(f"{self.where(index)}: {error}") from error
+        length = len(encoded["prompt_ids"])
+        if length > self.config.max_prompt_length:
+            raise ValueError(
+                f"{self.where(index)}: the prompt has {length} tokens, more than data.max_prompt_length="
+                f"{self.config.max_prompt_length} (images of {[image.size for image in images]} pixels); raise it, "
+                "lower data.max_pixels, or drop such rows with data.filter_overlong_prompts=true"
+            )
+        name, number = self.rows.origin(index)
+        answer = str(row[self.config.answer_key])
+        return {"uid": f"{name}:{number}", "problem": problem, "answer": answer, "images": images, **encoded}
+
+    def images_of(self, row: dict[str, Any]) -> list[Any]:
+        """The row's images, undecoded; a single image counts as a list of one."""
+        images = row.get(self.config.image_key)
+        if images is None:
+            return []
+        return images if isinstance(images, list) else [images]
+
+    def prompt_text(self, row: dict[str, Any]) -> str:
+        """The user's message: the problem, set into the template where there is one."""
+        problem = row[self.config.prompt_key]
+        return self.template.render(content=problem) if self.template else problem
+
+    def where(self, index: int) -> str:
+        """File and row of the row `index`, for errors."""
+        name, number = self.rows.origin(index)
+        return f"'{name}', row {number}"
+
+    def _check_columns(self, key: str) -> None:
+        columns = self.rows.dataset.column_names
+        for option in ("prompt_key", "answer_key"):
+            column = getattr(self.config, option)
+            if column not in columns:
+                raise ValueError(
+                    f"{key}: no column '{column}' (data.{option}) in {self.rows.sources[0][0]}; columns: {columns}"
+                )
+
+    def _check_markers(self) -> None:
+        """Markers in the text against images, for every row, without decoding an image."""
+        # The arrow table is read column by column; a filter or shuffle would be lost, and there is none yet.
+        table = self.rows.dataset.data
+        problems = table.column(self.config.prompt_key)
+        images = table.column(self.config.image_key) if self.config.image_key in table.column_names else None
+        if images is None:
+            counts = [0] * len(problems)
+        elif pa.types.is_list(images.type) or pa.types.is_large_list(images.type):
+            counts = pc.fill_null(pc.list_value_length(images), 0).to_pylist()
+        else:
+            counts = [int(valid) for valid in pc.is_valid(images).to_pylist()]
+        for index, (problem, count) in enumerate(zip(problems.to_pylist(), counts, strict=True)):
+            if not isinstance(problem, str) or not problem.strip():
+                raise ValueError(f"{self.where(index)}: column '{self.config.prompt_key}' is empty")
+            markers = problem.count(IMAGE_MARKER)
+            if markers != count:
+                raise ValueError(
+                    f"{self.where(index)}: the problem has {markers} {IMAGE_MARKER} marker(s) and the row has "
+                    f"{count} image(s) in column '{self.config.image_key}'; they must agree"
+                )
+
+
+def load_template(path: str | None) -> Any:
+    """The Jinja template at `path`, or None. Raises ValueError where it is no template or ignores `content`."""
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        source = file.read()
+    try:
+        template = Environment(undefined=StrictUndefined).from_string(source.strip())
+        probe = template.render(content="PROBE <image>")
+    except TemplateError as error:
+        raise ValueError(f"data.format_prompt='{path}' is not a valid template: {error}") from error
+    if "PROBE <image>" not in probe:
+        raise ValueError(f"data.format_prompt='{path}' does not print the problem: it needs {{{{ content }}}}")
+    return template

@@ -1,0 +1,101 @@
+"""The only image preprocessing: whatever sees a prompt, engine or trainer or view, sees it through this file."""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoProcessor
+
+from verl.models.families import SpecialTokens, positions_of_prompt, special_tokens
+from verl.models.paths import check_model_path
+
+
+def open_image(image: Any, image_dir: str | None) -> Image.Image:
+    """An RGB picture from bytes, a {bytes, path} dict, a path or a PIL image.
+
+    Raises ValueError or FileNotFoundError saying what is wrong with it.
+    """
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, str):
+        path = os.path.join(image_dir or "", image)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"there is no image file '{path}' (relative paths are looked up in data.image_dir)")
+        with open(path, "rb") as file:
+            image = file.read()
+    if isinstance(image, bytes):
+        try:
+            image = Image.open(io.BytesIO(image))
+            image.load()
+        except OSError as error:
+            raise ValueError(f"an image of {len(image)} bytes cannot be decoded: {error}") from error
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"an image is given as {type(image).__name__}; bytes, a path or {{bytes, path}} are needed")
+    # RGB before anything else touches pixels: palette indices and 16-bit values are no colours.
+    return image.convert("RGB")
+
+
+class VisionProcessor:
+    """A model's processor, with this run's pixel limits: prompts and images to token ids and tensors."""
+
+    def __init__(self, model_path: str, min_pixels: int, max_pixels: int, trust_remote_code: bool = False) -> None:
+        self.processor = load_processor(model_path, trust_remote_code)
+        self.config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        self.processor.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+        self.tokenizer = self.processor.tokenizer
+        self.special = special_tokens(self.config, self.tokenizer)
+
+    def chat_text(self, text: str, marker: str = "<image>") -> str:
+        """The whole prompt as text: one user message whose `marker`s stand for images, then the model's turn."""
+        content: list[dict[str, str]] = []
+        for i, piece in enumerate(text.split(marker)):
+            if i:
+                content.append({"type": "image"})
+            if piece:
+                content.append({"type": "text", "text": piece})
+        messages = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    def encode_prompt(self, chat_text: str, images: list[Image.Image]) -> dict[str, Any]:
+        """Token ids [P], positions [3, P] and `mm_inputs`, the dict of image tensors ({} without images)."""
+        encoded = self.processor(text=[chat_text], images=images or None, return_tensors="pt")
+        ids = encoded["input_ids"][0]
+        mm_inputs = {k: encoded[k] for k in ("pixel_values", "image_grid_thw") if k in encoded} if images else {}
+        positions = positions_of_prompt(ids, mm_inputs.get("image_grid_thw"), self.config)
+        return {"prompt_ids": ids, "prompt_positions": positions, "mm_inputs": mm_inputs}
+
+    def encode_images(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+        """The `mm_inputs` of `images`, as `encode_prompt` would make them."""
+        encoded = self.processor.image_processor(images=images, return_tensors="pt")
+        return {"pixel_values": encoded["pixel_values"], "image_grid_thw": encoded["image_grid_thw"]}
+
+    def num_image_tokens(self, width: int, height: int) -> int:
+        """How many prompt tokens an image of this size takes, by arithmetic alone."""
+        image_processor = self.processor.image_processor
+        patches = image_processor.get_number_of_image_patches(height, width, {})
+        return patches // image_processor.merge_size**2
+
+
+def load_processor(model_path: str, trust_remote_code: bool = False) -> Any:
+    """The AutoProcessor of a folder or hub name. Raises ValueError naming `worker.actor.model.model_path`."""
+    check_model_path(model_path)
+    try:
+        processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ValueError(
+            f"worker.actor.model.model_path='{model_path}': its processor does not load: {error}"
+        ) from error
+    if not hasattr(processor, "image_processor"):
+        raise ValueError(f"worker.actor.model.model_path='{model_path}' has no image processor: not a vision model")
+    return processor
+
+
+def load_special_tokens(model_path: str, trust_remote_code: bool = False) -> SpecialTokens:
+    """The special token ids of the model in a folder or on the hub."""
+    processor = load_processor(model_path, trust_remote_code)
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    return special_tokens(config, processor.tokenizer)

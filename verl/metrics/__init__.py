@@ -1,0 +1,1 @@
+"""Metrics that cannot be averaged wrongly."""

@@ -1,0 +1,1 @@
+"""Models: loading, what differs between families, and log-probs without whole logits."""

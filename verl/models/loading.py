@@ -1,0 +1,49 @@
+"""Loading Hugging Face models."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from verl.config.worker import ComputeDtype
+from verl.models.families import check_family
+from verl.models.paths import check_model_path
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_dtype(dtype: ComputeDtype, device_type: str) -> torch.dtype:
+    """The dtype of forward and backward on this device."""
+    if dtype == ComputeDtype.auto:
+        return torch.bfloat16 if device_type == "cuda" else torch.float32
+    return getattr(torch, dtype.value)
+
+
+def load_model(
+    model_path: str,
+    dtype: torch.dtype,
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+    empty: bool = False,
+) -> nn.Module:
+    """The model in `model_path`, on CPU. With `empty` only its shape, weights unset, and no file of weights read.
+
+    Raises ValueError where it does not load, naming `model_path`.
+    """
+    check_model_path(model_path)
+    options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        check_family(config)
+        if not empty:
+            return AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype, **options)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, dtype=dtype, **options)
+    except OSError as error:
+        raise ValueError(f"the model '{model_path}' does not load: {error}") from error
+    model = model.to_empty(device="cpu")
+    model.tie_weights()  # to_empty gives each use of a shared weight a tensor of its own
+    return model

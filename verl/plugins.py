@@ -1,0 +1,36 @@
+"""Loads the packages and files that extend verl, before Hydra composes and first thing in every Ray worker."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+
+from verl.utils.imports import import_file
+
+logger = logging.getLogger(__name__)
+
+ENTRY_POINT_GROUP = "verl.plugins"
+ENVIRONMENT_VARIABLE = "VERL_PLUGINS"
+
+_loaded: set[str] = set()
+
+
+def load_plugins() -> None:
+    """Call every entry point of the group `verl.plugins` and import every file named in `VERL_PLUGINS`.
+
+    `VERL_PLUGINS` is a comma-separated list of Python files; Ray workers inherit it, so a loss term in a
+    user's own file is known everywhere. Calling this again does nothing.
+
+    Raises:
+        FileNotFoundError: a file in `VERL_PLUGINS` does not exist.
+    """
+    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        if entry_point.value not in _loaded:
+            _loaded.add(entry_point.value)
+            entry_point.load()()
+    for path in filter(None, os.environ.get(ENVIRONMENT_VARIABLE, "").split(",")):
+        path = os.path.abspath(path.strip())
+        if path not in _loaded:
+            _loaded.add(path)
+            import_file(path, named_by=f"the environment variable {ENVIRONMENT_VARIABLE}")

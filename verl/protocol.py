@@ -1,0 +1,137 @@
+"""DataProto: the one batch type that travels between the driver and its workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+
+from verl.columns import COLUMNS
+
+
+@dataclass
+class DataProto:
+    """Rows of tensors and of Python objects, with a little that belongs to the batch as a whole.
+
+    `tensors` holds tensors whose first dimension is the row, `objects` one-dimensional object arrays (texts,
+    uids, dicts of image tensors), `meta` what is true of all rows (the temperature). What the columns mean
+    is written in `verl.columns`.
+
+    Rows that share an object (the n responses of one prompt share their image tensors) go on sharing it when
+    the batch is indexed, split, joined or pickled, so images cross Ray once per prompt.
+    """
+
+    tensors: TensorDict
+    objects: dict[str, np.ndarray] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, column in self.objects.items():
+            if len(column) != len(self):
+                raise ValueError(f"object column '{name}' has {len(column)} rows, the batch has {len(self)}")
+
+    @classmethod
+    def from_dict(
+        cls,
+        tensors: Mapping[str, torch.Tensor],
+        objects: Mapping[str, Sequence[Any]] | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> DataProto:
+        """Make a batch; raises ValueError where columns disagree in their number of rows."""
+        rows = {name: len(column) for name, column in {**tensors, **(objects or {})}.items()}
+        if len(set(rows.values())) != 1:
+            raise ValueError(f"columns disagree in their number of rows: {rows}")
+        num_rows = next(iter(rows.values()))
+        return cls(
+            TensorDict(dict(tensors), batch_size=[num_rows]),
+            {name: object_array(column) for name, column in (objects or {}).items()},
+            dict(meta or {}),
+        )
+
+    def __len__(self) -> int:
+        return self.tensors.batch_size[0]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors.keys() or name in self.objects
+
+    def __getitem__(self, name: str) -> torch.Tensor | np.ndarray:
+        if name in self.objects:
+            return self.objects[name]
+        if name not in self.tensors.keys():
+            raise KeyError(f"no column '{name}'; there are {sorted([*self.tensors.keys(), *self.objects])}")
+        return self.tensors[name]
+
+    def select(self, names: Sequence[str]) -> DataProto:
+        """Only the columns in `names`; a name that the batch lacks is a KeyError."""
+        missing = [name for name in names if name not in self]
+        if missing:
+            raise KeyError(f"no columns {missing}; there are {sorted([*self.tensors.keys(), *self.objects])}")
+        tensors = {name: self.tensors[name] for name in names if name in self.tensors.keys()}
+        objects = {name: self.objects[name] for name in names if name in self.objects}
+        return DataProto(TensorDict(tensors, batch_size=self.tensors.batch_size), objects, dict(self.meta))
+
+    def rows(self, index: torch.Tensor | slice) -> DataProto:
+        """The rows in `index` (integers, booleans or a slice), in that order."""
+        array_index = index if isinstance(index, slice) else index.numpy()
+        objects = {name: column[array_index] for name, column in self.objects.items()}
+        return DataProto(self.tensors[index], objects, dict(self.meta))
+
+    def with_columns(
+        self,
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        objects: Mapping[str, Sequence[Any]] | None = None,
+    ) -> DataProto:
+        """A batch that also has these columns; a column of the same name is replaced."""
+        merged = {**dict(self.tensors.items()), **(tensors or {})}
+        return DataProto.from_dict(merged, {**self.objects, **(objects or {})}, self.meta)
+
+    def repeat_interleave(self, times: int) -> DataProto:
+        """Each row `times` times, copies side by side."""
+        return self.rows(torch.arange(len(self)).repeat_interleave(times))
+
+    def chunk(self, parts: int) -> list[DataProto]:
+        """`parts` consecutive pieces of equal size; raises ValueError where that cannot be."""
+        if len(self) % parts:
+            raise ValueError(f"{len(self)} rows cannot be cut into {parts} equal parts")
+        size = len(self) // parts
+        return [self.rows(slice(i * size, (i + 1) * size)) for i in range(parts)]
+
+    def split(self, size: int) -> list[DataProto]:
+        """Consecutive pieces of `size` rows, the last one shorter where it does not divide."""
+        return [self.rows(slice(start, start + size)) for start in range(0, len(self), size)]
+
+    @staticmethod
+    def concat(parts: Sequence[DataProto]) -> DataProto:
+        """The rows of all parts, in order; all must have the same columns. Takes `meta` from the first."""
+        if not parts:
+            raise ValueError("nothing to concatenate")
+        columns = set(parts[0].tensors.keys()) | set(parts[0].objects)
+        for part in parts[1:]:
+            if set(part.tensors.keys()) | set(part.objects) != columns:
+                raise ValueError(f"parts have different columns: {sorted(columns)} and {sorted(part.tensors.keys())}")
+        objects = {name: np.concatenate([part.objects[name] for part in parts]) for name in parts[0].objects}
+        return DataProto(torch.cat([part.tensors for part in parts]), objects, dict(parts[0].meta))
+
+
+def object_array(values: Sequence[Any]) -> np.ndarray:
+    """A one-dimensional object array. `np.array` would turn lists of equal length into two dimensions."""
+    array = np.empty(len(values), dtype=object)
+    array[:] = list(values) if not isinstance(values, np.ndarray) else values
+    return array
+
+
+def check_columns(batch: DataProto) -> None:
+    """Raise ValueError where a tensor column has another dtype or number of dimensions than declared."""
+    for name, tensor in batch.tensors.items():
+        declared = COLUMNS.get(name)
+        if declared is None:
+            continue
+        if tensor.dtype != declared.dtype or tensor.dim() != len(declared.shape.split()):
+            raise ValueError(
+                f"column '{name}' is {tensor.dtype} {tuple(tensor.shape)}, "
+                f"and should be {declared.dtype} [{declared.shape}] ({declared.meaning})"
+            )

@@ -1,0 +1,1 @@
+"""One driver, many workers: starting Ray, placing workers, and calling them as groups."""

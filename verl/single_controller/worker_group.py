@@ -1,0 +1,93 @@
+"""Groups of workers as the driver sees them: plain typed methods that say how they split and join their data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup
+
+from verl.config.config import Config
+from verl.metrics.bag import MetricBag
+from verl.protocol import DataProto
+from verl.single_controller.resources import ACTOR_SHARE, REFERENCE_SHARE, Layout, actor_options
+from verl.workers.model_worker import ActorWorker, ModelWorker, ReferenceWorker
+
+
+class WorkerGroup:
+    """One worker per rank, called in step."""
+
+    worker_class: type[ModelWorker]
+    role: str
+    gpu_share: float
+
+    def __init__(self, config: Config, layout: Layout, group: PlacementGroup | None) -> None:
+        self.size = layout.ranks
+        remote = ray.remote(self.worker_class)
+        self.workers = [
+            remote.options(**actor_options(layout, group, rank, self.gpu_share, layout.rank_threads)).remote(
+                self.role, config, rank, layout.ranks, layout.device, layout.rank_threads
+            )
+            for rank in range(layout.ranks)
+        ]
+
+    def connect(self) -> None:
+        """Make the ranks one process group."""
+        host, port = ray.get(self.workers[0].open_store.remote())
+        self.on_all(self.worker_class.join, host, port)
+
+    def on_all(self, method: Callable, *args: Any) -> list[Any]:
+        """Call `method` with the same arguments on every rank; returns their results by rank."""
+        return ray.get([getattr(worker, method.__name__).remote(*args) for worker in self.workers])
+
+    def on_shards(self, method: Callable, shards: list[DataProto], *args: Any) -> list[Any]:
+        """Call `method` on every rank with its own shard; returns their results by rank."""
+        calls = zip(self.workers, shards, strict=True)
+        return ray.get([getattr(worker, method.__name__).remote(shard, *args) for worker, shard in calls])
+
+
+class LogProbGroup(WorkerGroup):
+    """A group that computes log-probs: the actor and the reference."""
+
+    def compute_log_probs(self, batch: DataProto, view: str = "") -> DataProto:
+        """`log_probs` [B, R] of all rows, in order; the ranks take equal, consecutive parts."""
+        return DataProto.concat(self.on_shards(ModelWorker.compute_log_probs, batch.chunk(self.size), view))
+
+
+class ReferenceGroup(LogProbGroup):
+    worker_class = ReferenceWorker
+    role = "reference"
+    gpu_share = REFERENCE_SHARE
+
+    def build(self) -> None:
+        self.connect()
+        self.on_all(ReferenceWorker.build)
+
+
+class ActorGroup(LogProbGroup):
+    worker_class = ActorWorker
+    role = "actor"
+    gpu_share = ACTOR_SHARE
+
+    def build(self, total_updates: int) -> int:
+        """Returns the number of parameters of the policy."""
+        self.connect()
+        return self.on_all(ActorWorker.build, total_updates)[0]
+
+    def update_policy(self, batch: DataProto, num_mini_batches: int) -> MetricBag:
+        """All updates of one step.
+
+        The batch is cut into consecutive mini-batches first and each of those among the ranks, so that what a
+        mini-batch is made of does not depend on the number of ranks.
+        """
+        pieces = [mini_batch.chunk(self.size) for mini_batch in batch.chunk(num_mini_batches)]
+        shards = [DataProto.concat([piece[rank] for piece in pieces]) for rank in range(self.size)]
+        return MetricBag.merged(self.on_shards(ActorWorker.update_policy, shards, num_mini_batches))
+
+    def send_weights(self) -> list[ray.ObjectRef]:
+        """References to the policy's weights in the object store."""
+        return self.on_all(ActorWorker.send_weights)[0]
+
+    def save_huggingface(self, path: str) -> None:
+        self.on_all(ActorWorker.save_huggingface, path)

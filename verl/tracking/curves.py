@@ -1,0 +1,69 @@
+"""curves.png: where one would rather look than read."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
+
+from verl.utils.files import atomic_path  # noqa: E402
+
+# (title, [(metric, label)])
+PANELS = (
+    ("reward of training responses", [("train/reward", "reward"), ("train/accuracy", "accuracy")]),
+    ("validation accuracy", [("val/accuracy", "avg@k")]),
+    (
+        "perception KL and KL to the reference",
+        [("actor/perception_kl", "perception"), ("actor/ref_kl", "reference")],
+    ),
+    (
+        "entropy of sampled tokens",
+        [("actor/entropy", "original view"), ("actor/masked_entropy", "masked view")],
+    ),
+)
+SMOOTHING = 5  # steps
+
+
+def draw_curves(metrics_path: str, picture_path: str) -> None:
+    """Plot what `metrics_path` (metrics.jsonl) holds over steps; panels without data are left out."""
+    with open(metrics_path, encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    panels = [(title, lines) for title, lines in PANELS if any(m in r for m, _ in lines for r in records)]
+    if not panels:
+        return
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5.2 * columns, 3.1 * rows), squeeze=False)
+    for axis, (title, lines) in zip(axes.flat, panels, strict=False):
+        for metric, label in lines:
+            _draw_line(axis, records, metric, label)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step", fontsize=9)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=8, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.remove()
+    figure.tight_layout()
+    with atomic_path(picture_path) as temporary:
+        figure.savefig(temporary, dpi=120, format=os.path.splitext(picture_path)[1].lstrip("."))
+    plt.close(figure)
+
+
+def _draw_line(axis: Any, records: list[dict[str, float]], metric: str, label: str) -> None:
+    """Few points as they are, many as a running mean over a faint raw line."""
+    points = [(record["step"], record[metric]) for record in records if metric in record]
+    if not points:
+        return
+    steps, values = zip(*points, strict=True)
+    if len(points) < 4 * SMOOTHING:
+        axis.plot(steps, values, marker="o", markersize=3, label=label)
+        return
+    smooth = [sum(w) / len(w) for w in (values[max(0, i - SMOOTHING + 1) : i + 1] for i in range(len(values)))]
+    (line,) = axis.plot(steps, smooth, label=label)
+    axis.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.8)

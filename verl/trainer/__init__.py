@@ -1,0 +1,1 @@
+"""The driver: it holds no model, only the order of things."""

@@ -1,0 +1,63 @@
+"""Entry point: python -m verl.trainer.main --config-name NAME key=value ..."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+
+from omegaconf import OmegaConf
+
+from verl.config.compose import CONFIG_DIR, compose_config, presets
+from verl.trainer.ray_trainer import RayTrainer, make_plan
+from verl.utils.process import LOG_FORMAT, quiet_libraries
+
+logger = logging.getLogger("verl")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Compose the config, check it, and train. Exits with 1 where the config, or a file it names, is at fault."""
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, datefmt="%H:%M:%S")
+    logging.getLogger("verl").setLevel(logging.INFO)
+    quiet_libraries()
+    options = parse(arguments)
+    try:
+        config = compose_config(options.config_name, options.overrides, options.config_dir)
+        if options.print_config:
+            sys.stdout.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
+            return
+        plan = make_plan(config)
+    except (ValueError, FileNotFoundError) as error:
+        logger.debug("where it was found", exc_info=True)
+        sys.exit(f"error: {error}")
+    trainer = RayTrainer(plan)
+    summary = trainer.fit()
+    for line in describe(summary, trainer.run_dir.path):
+        logger.info(line)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m verl.trainer.main", description="Train from a preset.")
+    parser.add_argument("--config-name", required=True, metavar="NAME", help=f"one of: {', '.join(presets())}")
+    parser.add_argument("--config-dir", default=CONFIG_DIR, metavar="DIR", help="a folder of presets of your own")
+    parser.add_argument("--print-config", action="store_true", help="print the whole config and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides of the preset")
+    return parser.parse_intermixed_args(arguments)
+
+
+def describe(summary: dict[str, float], run_dir: str) -> list[str]:
+    """The end of a run in a few lines: what changed, and where everything is."""
+    lines = [f"done: {summary['steps']} steps in {summary['seconds']:.0f} s"]
+    before, after = summary.get("val_accuracy_before"), summary.get("val_accuracy_after")
+    if before is not None and after is not None:
+        lines.append(
+            f"validation accuracy: {before:.1%} before, {after:.1%} after ({100 * (after - before):+.1f} points)"
+        )
+    names = ("summary.json", "curves.png", "metrics.jsonl", "samples.jsonl", "config.yaml", "model")
+    found = [os.path.relpath(os.path.join(run_dir, n)) for n in names if os.path.exists(os.path.join(run_dir, n))]
+    return [*lines, *(f"  {path}" for path in found)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""The passes without gradient that come before the updates: only those that some loss term requires."""
+
+from __future__ import annotations
+
+from verl.algorithms.requirements import Requirements
+from verl.columns import view_column
+from verl.metrics.timing import Timings
+from verl.protocol import DataProto
+from verl.trainer.workers import Workers
+from verl.workers.actor.forward import TOKENS
+
+
+def run_passes(batch: DataProto, workers: Workers, requirements: Requirements, timings: Timings) -> DataProto:
+    """`batch` with `old_log_probs`, `ref_log_probs` and `<view>_log_probs`, each where it is required."""
+    tokens = batch.select([*TOKENS, "mm_inputs"])
+    found = {}
+    if requirements.old:
+        with timings("old_log_probs"):
+            found["old_log_probs"] = workers.actor.compute_log_probs(tokens)["log_probs"]
+    if workers.reference is not None:
+        with timings("ref_log_probs"):
+            found["ref_log_probs"] = workers.reference.compute_log_probs(tokens)["log_probs"]
+    for view in requirements.stored_views:
+        with timings(view_column(view, "log_probs")):
+            images = [view_column(view, "mm_inputs"), view_column(view, "rows")]
+            seen = workers.actor.compute_log_probs(batch.select([*TOKENS, *images]), view)
+            found[view_column(view, "log_probs")] = seen["log_probs"]
+    return batch.with_columns(found)

@@ -1,0 +1,58 @@
+"""What a run leaves behind: one folder, written so that nothing in it is ever half."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from verl.config.config import Config
+from verl.tracking.curves import draw_curves
+from verl.utils.files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+
+class RunDir:
+    """`trainer.output_dir`. An earlier run found there is moved aside, never mixed into or overwritten."""
+
+    def __init__(self, config: Config) -> None:
+        self.path = os.path.abspath(config.trainer.output_dir)
+        if os.path.exists(self.path) and (not os.path.isdir(self.path) or os.listdir(self.path)):
+            aside = _free_name(self.path)
+            os.rename(self.path, aside)
+            logger.info("an earlier run in %s was moved to %s", self.path, aside)
+        os.makedirs(self.path, exist_ok=True)
+        with atomic_path(self.file("config.yaml")) as temporary:
+            OmegaConf.save(OmegaConf.structured(config), temporary)
+
+    def file(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+    def add_samples(self, step: int, split: str, records: list[dict[str, Any]]) -> None:
+        """Append generations to samples.jsonl, whole lines at a time."""
+        with open(self.file("samples.jsonl"), "a", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps({"step": step, "split": split, **record}, ensure_ascii=False) + "\n")
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        with (
+            atomic_path(self.file("summary.json")) as temporary,
+            open(temporary, "w", encoding="utf-8") as file,
+        ):
+            json.dump(summary, file, indent=2)
+            file.write("\n")
+
+    def draw_curves(self) -> None:
+        if os.path.exists(self.file("metrics.jsonl")):
+            draw_curves(self.file("metrics.jsonl"), self.file("curves.png"))
+
+
+def _free_name(path: str) -> str:
+    number = 1
+    while os.path.exists(f"{path}.previous-{number}"):
+        number += 1
+    return f"{path}.previous-{number}"

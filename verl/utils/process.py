@@ -1,0 +1,36 @@
+"""What every worker process does first."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+import torch
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def start_worker(role: str, threads: int) -> None:
+    """Set up logging and the number of compute threads of a worker process, and load plugins.
+
+    More threads in sum than cores make every process wait for the others, by an order of magnitude.
+    """
+    from verl.plugins import load_plugins
+
+    logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s {role} %(levelname)s %(name)s: %(message)s")
+    quiet_libraries()
+    torch.set_num_threads(threads)
+    load_plugins()
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars and hints of libraries that would interrupt ours."""
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata calls it
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,1 @@
+"""Workers: what runs inside Ray actors, each part usable without Ray."""

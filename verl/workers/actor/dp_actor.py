@@ -1,0 +1,163 @@
+"""The data-parallel actor: log-probs without gradient, and the policy update."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from verl.algorithms.losses.compose import Denominators, LossTerm, compute_losses
+from verl.columns import view_column
+from verl.config.worker import ActorConfig
+from verl.metrics.bag import MetricBag
+from verl.models.policy import PolicyModel
+from verl.protocol import DataProto
+from verl.workers.actor.forward import ORIGINAL, forward_views
+
+logger = logging.getLogger(__name__)
+
+# Columns of a batch that loss terms may read, besides those that their forward makes.
+STORED_SUFFIXES = ("log_probs", "advantages", "scores", "response_mask", "_rows")
+
+
+@torch.no_grad()
+def compute_log_probs(
+    policy: PolicyModel,
+    batch: DataProto,
+    view: str,
+    temperature: float,
+    micro_batch_size: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """Log-probs [B, R] float32 of the responses under `view`, on CPU, without gradient."""
+    policy.eval()
+    parts = []
+    for rows in batch.split(micro_batch_size):
+        if view != ORIGINAL and not rows[view_column(view, "rows")].any():
+            # Nothing to see, but on another rank there may be, and FSDP's collectives wait for this one.
+            forward_views(policy, rows.rows(slice(0, 1)), [ORIGINAL], temperature, device)
+            parts.append(torch.zeros(rows["response_mask"].shape))
+            continue
+        parts.append(forward_views(policy, rows, [view], temperature, device).popitem()[1].float().cpu())
+    return torch.cat(parts)
+
+
+@dataclass
+class DataParallelActor:
+    """Updates a sharded policy. Every rank holds one with its own rows and calls it in step with the others."""
+
+    policy: PolicyModel
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    terms: list[LossTerm]
+    live_views: tuple[str, ...]
+    config: ActorConfig
+    device: torch.device
+    skipped_in_a_row: int = 0
+    nonfinite_terms: set[str] = field(default_factory=set)
+
+    def update_policy(self, batch: DataProto, num_mini_batches: int, temperature: float) -> MetricBag:
+        """Clipped policy loss plus every other term; one optimizer update per mini-batch and epoch.
+
+        Args:
+            batch: this rank's rows, mini-batch after mini-batch, each with equally many.
+
+        Returns:
+            this rank's metrics, to be merged over ranks.
+
+        Raises:
+            RuntimeError: `max_skipped_updates` updates in a row had a gradient that is not finite.
+        """
+        self.policy.train()
+        metrics = MetricBag()
+        for epoch in range(self.config.ppo_epochs):
+            for number, mini_batch in enumerate(batch.chunk(num_mini_batches)):
+                denominators = self._count(mini_batch["response_mask"])
+                for rows in mini_batch.split(self.config.micro_batch_size_per_device_for_update):
+                    self._backward(rows, denominators, temperature, metrics, first=epoch == number == 0)
+                self._step(metrics)
+        return metrics
+
+    def _count(self, mask: torch.Tensor) -> Denominators:
+        """Valid tokens and sequences of the mini-batch over all ranks, which every micro-batch divides by."""
+        counts = Denominators.count(mask).to(self.device)
+        dist.all_reduce(counts)
+        return Denominators(*counts.tolist())
+
+    def _backward(
+        self, rows: DataProto, denominators: Denominators, temperature: float, metrics: MetricBag, first: bool
+    ) -> None:
+        """Forward, losses and backward of one micro-batch; gradients add up in the parameters."""
+        live = forward_views(self.policy, rows, [ORIGINAL, *self.live_views], temperature, self.device)
+        stored = {n: t.to(self.device) for n, t in rows.tensors.items() if n.endswith(STORED_SUFFIXES)}
+        mask = stored["response_mask"]
+        if first and "old_log_probs" in stored:
+            # Nothing has been updated yet: whatever differs here is numerics, and should be almost 0.
+            difference = (live["log_probs"].detach() - stored["old_log_probs"])[mask.bool()]
+            metrics.add_max("actor/first_log_ratio_max", difference.abs().max().item() if len(difference) else 0.0)
+        losses = compute_losses(self.terms, {**stored, **live}, mask, self.config.loss_avg_mode, denominators, metrics)
+        gradients = self._gradients_by_term(losses, live, mask, denominators, metrics)
+        # FSDP averages over ranks; the denominators are global already, so the shares must be summed.
+        torch.autograd.backward(list(live.values()), [g * dist.get_world_size() for g in gradients])
+
+    def _gradients_by_term(
+        self,
+        losses: dict[str, torch.Tensor],
+        live: dict[str, torch.Tensor],
+        mask: torch.Tensor,
+        denominators: Denominators,
+        metrics: MetricBag,
+    ) -> list[torch.Tensor]:
+        """d loss / d log-probs [B, R] of each live column, summed over terms; term by term to see who does what.
+
+        Terms are functions of the log-probs alone, so this costs a few operations per token. It shows how hard
+        each term pulls on a token (`actor/pull/<term>`: mean |d loss / d log-prob|, times the tokens of the
+        mini-batch), and lays a gradient that is not finite at a term's door before it reaches the weights.
+        """
+        totals = [torch.zeros_like(column) for column in live.values()]
+        for name, loss in losses.items():
+            if not loss.requires_grad:
+                continue
+            found = torch.autograd.grad(loss, list(live.values()), retain_graph=True, allow_unused=True)
+            parts = [
+                torch.zeros_like(total) if part is None else part for total, part in zip(totals, found, strict=True)
+            ]
+            pull = sum(part.abs() for part in parts)
+            if not torch.isfinite(pull).all() or not torch.isfinite(loss):
+                self.nonfinite_terms.add(name)
+            metrics.add_tokens(f"actor/pull/{name}", pull * denominators.tokens, mask)
+            totals = [total + part for total, part in zip(totals, parts, strict=True)]
+        return totals
+
+    def _step(self, metrics: MetricBag) -> None:
+        """Clip and apply the gradient; one that is not finite is dropped, on all ranks alike, and reported."""
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if torch.isfinite(norm):
+            self.skipped_in_a_row = 0
+            self.optimizer.step()
+            metrics.add("actor/grad_norm", norm.item())
+        else:
+            self.skipped_in_a_row += 1
+            blamed = ", ".join(sorted(self.nonfinite_terms))
+            logger.error(
+                "SKIPPED an update (%d in a row): its gradient norm is %s. Loss terms at fault: %s",
+                self.skipped_in_a_row,
+                norm.item(),
+                blamed or "none on this rank; the model's own backward overflowed, or a term on another rank",
+            )
+        for name in self.nonfinite_terms:
+            metrics.add(f"actor/nonfinite/{name}", 1)
+        self.nonfinite_terms.clear()
+        metrics.add("actor/skipped_updates", not torch.isfinite(norm))
+        metrics.add("actor/lr", self.schedule.get_last_lr()[0])
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        if self.skipped_in_a_row >= self.config.max_skipped_updates:
+            raise RuntimeError(
+                f"{self.skipped_in_a_row} updates in a row had a gradient that is not finite "
+                "(worker.actor.max_skipped_updates): training has diverged"
+            )

@@ -1,0 +1,38 @@
+"""The optimizer and its schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from verl.config.worker import LRSchedule, OptimConfig
+
+
+def build_optimizer(parameters: list[torch.nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over `parameters`."""
+    return torch.optim.AdamW(
+        parameters, lr=config.lr, betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay
+    )
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, total_updates: int) -> LambdaLR:
+    """Learning rate per optimizer update."""
+    return LambdaLR(optimizer, lr_factor(config, total_updates))
+
+
+def lr_factor(config: OptimConfig, total_updates: int) -> Callable[[int], float]:
+    """Update number (from 0) -> factor on `lr`: linear warm-up, then constant or a half cosine to `min_lr_ratio`."""
+
+    def factor(update: int) -> float:
+        if update < config.lr_warmup_steps:
+            return (update + 1) / (config.lr_warmup_steps + 1)
+        if config.lr_scheduler_type == LRSchedule.constant:
+            return 1.0
+        length = max(1, total_updates - config.lr_warmup_steps)
+        progress = min(1.0, (update - config.lr_warmup_steps) / length)
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor

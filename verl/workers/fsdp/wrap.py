@@ -1,0 +1,79 @@
+"""FSDP2: the model's weights in shards, one per rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from verl.config.worker import FSDPConfig, ModelConfig
+from verl.models.families import SpecialTokens
+from verl.models.loading import load_model, resolve_dtype
+from verl.models.policy import PolicyModel
+
+
+def build_sharded(
+    model: ModelConfig, fsdp: FSDPConfig, special: SpecialTokens, logits_chunk_size: int, device: torch.device
+) -> PolicyModel:
+    """The policy of `model`, sharded over all ranks, float32 weights, forward in the compute dtype.
+
+    Only rank 0 reads the weights; the others get their shards from it.
+    """
+    inner = load_model(
+        model.model_path,
+        torch.float32,
+        model.attn_implementation,
+        model.trust_remote_code,
+        empty=dist.get_rank() != 0,
+    )
+    if model.enable_gradient_checkpointing:
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if model.freeze_vision_tower:
+        inner.model.visual.requires_grad_(False)
+    policy = PolicyModel(inner, special.banned, logits_chunk_size)
+    weights = policy.state_dict() if dist.get_rank() == 0 else {}
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    shard(policy, mesh, fsdp)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(policy, weights, options=options)
+    for _, buffer in policy.named_buffers():  # rotary frequencies are not in a state dict
+        dist.broadcast(buffer, src=0)
+    return policy
+
+
+def shard(policy: PolicyModel, mesh: DeviceMesh, config: FSDPConfig) -> None:
+    """`fully_shard` every transformer block that is large enough, then the rest as one."""
+    dtype = resolve_dtype(config.compute_dtype, mesh.device_type)
+    mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    options = {"mesh": mesh, "mp_policy": mixed, "reshard_after_forward": config.reshard_after_forward}
+    block_names = set(policy.inner._no_split_modules)
+    for module in list(policy.modules()):
+        if type(module).__name__ in block_names:
+            if sum(p.numel() for p in module.parameters()) >= config.min_block_params:
+                fully_shard(module, **options)
+    fully_shard(policy, **options)
+
+
+def full_weights(policy: PolicyModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each weight whole, one at a time, under its Hugging Face name. Every rank must run the iterator to its end.
+
+    A tied head comes under its own name too: an engine that holds a copy of it must get it.
+    """
+    for name, weight in policy.inner.state_dict().items():
+        yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def full_state_dict(policy: PolicyModel) -> dict[str, torch.Tensor]:
+    """All weights on CPU on rank 0, under Hugging Face names; {} on the other ranks."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(policy, options=options)
+    return {name.removeprefix("inner."): weight for name, weight in weights.items()}

@@ -1,0 +1,144 @@
+"""Training-side Ray workers: one FSDP rank of the actor or of the reference each."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+
+from verl.algorithms.losses.compose import build_terms
+from verl.algorithms.requirements import find_requirements
+from verl.config.config import Config
+from verl.config.worker import FSDPConfig, ModelConfig
+from verl.data.vision import load_processor, load_special_tokens
+from verl.metrics.bag import MetricBag
+from verl.models.loading import resolve_dtype
+from verl.protocol import DataProto
+from verl.utils.files import atomic_path
+from verl.utils.process import start_worker
+from verl.workers.actor.dp_actor import DataParallelActor, compute_log_probs
+from verl.workers.actor.optim import build_optimizer, build_schedule
+from verl.workers.fsdp.wrap import build_sharded, full_state_dict, full_weights
+from verl.workers.rollout.weight_sync import ObjectStoreSync
+
+logger = logging.getLogger(__name__)
+
+
+class ModelWorker:
+    """One rank: joins the others' process group and holds one shard of a policy."""
+
+    def __init__(self, role: str, config: Config, rank: int, world_size: int, device_type: str, threads: int) -> None:
+        start_worker(f"{role}[{rank}]", threads)
+        self.config = config
+        self.rank = rank
+        self.world_size = world_size
+        self.device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
+        if device_type == "cuda":
+            torch.cuda.set_device(self.device)
+        torch.manual_seed(config.trainer.seed)
+
+    def open_store(self) -> tuple[str, int]:
+        """On rank 0: open the store where ranks meet, on a port that the system chooses; returns (host, port)."""
+        host = ray.util.get_node_ip_address() if self.config.trainer.nnodes > 1 else "127.0.0.1"
+        self.store = dist.TCPStore(host, 0, self.world_size, is_master=True, wait_for_workers=False)
+        return host, self.store.port
+
+    def join(self, host: str, port: int) -> None:
+        """Join the process group; returns when all ranks have."""
+        if self.rank != 0:
+            self.store = dist.TCPStore(host, port, self.world_size, is_master=False)
+        if host == "127.0.0.1" and "lo" in (name for _, name in socket.if_nameindex()):
+            # gloo looks its interface up by host name, which many laptops and containers cannot resolve.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world_size)
+
+    def load(self, model: ModelConfig, fsdp: FSDPConfig) -> None:
+        """Load and shard the model. All ranks call this together."""
+        special = load_special_tokens(model.model_path, model.trust_remote_code)
+        chunk = self.config.worker.actor.logits_chunk_size
+        self.policy = build_sharded(model, fsdp, special, chunk, self.device)
+
+    def compute_log_probs(self, batch: DataProto, view: str) -> DataProto:
+        """`log_probs` [B, R] of this rank's rows under `view`, without gradient."""
+        size = self.config.worker.actor.micro_batch_size_per_device_for_experience
+        log_probs = compute_log_probs(
+            self.policy, batch, view, self.config.worker.rollout.temperature, size, self.device
+        )
+        return DataProto.from_dict({"log_probs": log_probs})
+
+
+class ReferenceWorker(ModelWorker):
+    """The frozen reference policy."""
+
+    def build(self) -> None:
+        ref = self.config.worker.ref
+        model = self.config.worker.actor.model
+        frozen = ModelConfig(ref.model_path, model.trust_remote_code, model.attn_implementation, False, False)
+        self.load(frozen, ref.fsdp)
+        self.policy.requires_grad_(False)
+
+
+class ActorWorker(ModelWorker):
+    """The policy that is trained."""
+
+    def build(self, total_updates: int) -> int:
+        """Load model and optimizer; returns the model's number of parameters."""
+        actor, algorithm = self.config.worker.actor, self.config.algorithm
+        self.load(actor.model, actor.fsdp)
+        terms = build_terms(algorithm.terms)
+        trainable = [p for p in self.policy.parameters() if p.requires_grad]
+        optimizer = build_optimizer(trainable, actor.optim)
+        self.actor = DataParallelActor(
+            policy=self.policy,
+            optimizer=optimizer,
+            schedule=build_schedule(optimizer, actor.optim, total_updates),
+            terms=terms,
+            live_views=find_requirements(terms, algorithm.views).live_views,
+            config=actor,
+            device=self.device,
+        )
+        return sum(p.numel() for p in self.policy.parameters())
+
+    def update_policy(self, batch: DataProto, num_mini_batches: int) -> MetricBag:
+        """All updates of one step on this rank's rows; returns its metrics."""
+        return self.actor.update_policy(batch, num_mini_batches, self.config.worker.rollout.temperature)
+
+    def send_weights(self) -> list[ray.ObjectRef]:
+        """Put the policy's weights where the rollout workers find them; all ranks call this together."""
+        dtype = resolve_dtype(self.config.worker.actor.fsdp.compute_dtype, self.device.type)
+        weights = ((name, weight.to(dtype)) for name, weight in full_weights(self.policy))
+        carrier = ObjectStoreSync(self.config.worker.rollout.sync_bucket_mb * 2**20)
+        return carrier.send(weights, is_source=self.rank == 0)
+
+    def save_huggingface(self, path: str) -> None:
+        """Write the policy as an ordinary Hugging Face folder; all ranks call this together, rank 0 writes."""
+        weights = full_state_dict(self.policy)
+        if self.rank != 0:
+            return
+        model = self.config.worker.actor.model
+        dtype = next(iter(weights.values())).dtype
+        with atomic_path(path) as temporary:
+            self.policy.inner.save_pretrained(temporary, state_dict=_without_aliases(self.policy.inner, weights))
+            load_processor(model.model_path, model.trust_remote_code).save_pretrained(temporary)
+            _copy_generation_config(model.model_path, temporary)
+        logger.info("saved the policy (%s) to %s", dtype, path)
+
+
+def _without_aliases(inner: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`weights` without the second name of a tied weight: a file with both cannot be tied again on loading."""
+    tied = inner.all_tied_weights_keys if inner.config.tie_word_embeddings else {}
+    return {name: weight for name, weight in weights.items() if name not in tied}
+
+
+def _copy_generation_config(source: str, target: str) -> None:
+    """Keep the sampling defaults that the model came with (generation's own are reset in the engine only)."""
+    path = os.path.join(source, "generation_config.json")
+    if os.path.isfile(path):
+        shutil.copy(path, target)

@@ -1,0 +1,111 @@
+"""The engine that needs nothing but transformers: Hugging Face `generate`, in left-padded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from transformers import GenerationConfig, LogitsProcessorList
+
+from verl.config.config import Config
+from verl.models.families import SpecialTokens
+from verl.models.loading import load_model, resolve_dtype
+from verl.protocol import DataProto
+from verl.workers.actor.forward import join_images
+from verl.workers.rollout.base import ENGINES, SamplingParams
+from verl.workers.rollout.sampler import SeededSampler
+
+
+@ENGINES.register("hf")
+class HFEngine:
+    """See RolloutEngine. Requests with the same n share batches of at most `max_batch_size` responses."""
+
+    def __init__(self, config: Config, special: SpecialTokens, device: torch.device) -> None:
+        model = config.worker.actor.model
+        self.special = special
+        self.device = device
+        self.max_batch_size = config.worker.rollout.max_batch_size
+        self.model = load_model(
+            model.model_path,
+            resolve_dtype(config.worker.actor.fsdp.compute_dtype, device.type),
+            model.attn_implementation,
+            model.trust_remote_code,
+        )
+        self.model.to(device).eval()
+        # Whatever the folder suggests for sampling is replaced: requests alone say how to sample.
+        self.model.generation_config = GenerationConfig(
+            do_sample=True, top_k=0, eos_token_id=list(special.eos), pad_token_id=special.pad
+        )
+
+    @torch.inference_mode()
+    def generate(self, prompts: DataProto, sampling: list[SamplingParams]) -> DataProto:
+        if len(sampling) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts and {len(sampling)} sampling parameters")
+        batches = []
+        by_length = sorted({(params.n, params.max_tokens) for params in sampling})
+        for n, max_tokens in by_length:
+            rows = [i for i, p in enumerate(sampling) if (p.n, p.max_tokens) == (n, max_tokens)]
+            size = max(1, self.max_batch_size // n)
+            batches += [rows[start : start + size] for start in range(0, len(rows), size)]
+        outputs = [self._generate(prompts.rows(torch.tensor(b)), [sampling[i] for i in b]) for b in batches]
+        return _in_order(outputs, batches, sampling, self.special.pad)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        own = self.model.state_dict()
+        missing = set(own)
+        with torch.no_grad():
+            for name, weight in weights:
+                if name not in own:
+                    raise ValueError(f"weight sync sent '{name}', which the engine's model does not have")
+                own[name].copy_(weight)
+                missing.discard(name)
+        if missing:
+            raise ValueError(f"weight sync left {len(missing)} weights as they were, such as '{min(missing)}'")
+
+    def _generate(self, prompts: DataProto, sampling: list[SamplingParams]) -> dict[str, torch.Tensor]:
+        """One batch of requests with the same n and max_tokens, without the padding that all rows share."""
+        first = int(prompts["prompt_mask"].argmax(dim=1).min())
+        ids = prompts["prompt_ids"][:, first:].to(self.device)
+        images = join_images(list(prompts["mm_inputs"]), self.device)
+        vision = {}
+        if images["pixel_values"] is not None:
+            vision = {
+                "pixel_values": images["pixel_values"],
+                "image_grid_thw": images["image_grid_thw"],
+                "mm_token_type_ids": (ids == self.model.config.image_token_id).int(),
+            }
+        banned = torch.tensor(self.special.banned, device=self.device)
+        sampler = SeededSampler(sampling, banned, self.device)
+        sequences = self.model.generate(
+            input_ids=ids,
+            attention_mask=prompts["prompt_mask"][:, first:].to(self.device),
+            **vision,
+            max_new_tokens=sampling[0].max_tokens,
+            num_return_sequences=sampling[0].n,
+            logits_processor=LogitsProcessorList([sampler]),
+        )
+        responses = sequences[:, ids.shape[1] :]
+        ended = torch.isin(responses, torch.tensor(self.special.eos, device=self.device)).int()
+        mask = (ended.cumsum(dim=1) - ended == 0).long()  # 1 up to and with the first end token
+        log_probs = torch.stack(sampler.log_probs, dim=1) * mask
+        responses = torch.where(mask.bool(), responses, self.special.pad)
+        return {
+            "responses": responses.cpu(),
+            "response_mask": mask.cpu(),
+            "rollout_log_probs": log_probs.float().cpu(),
+        }
+
+
+def _in_order(
+    outputs: list[dict[str, torch.Tensor]], batches: list[list[int]], sampling: list[SamplingParams], pad: int
+) -> DataProto:
+    """All batches' responses as one batch, in the order of the requests, padded to the longest."""
+    longest = max(output["responses"].shape[1] for output in outputs)
+    columns = {}
+    for name in outputs[0]:
+        value = pad if name == "responses" else 0
+        columns[name] = torch.cat([F.pad(o[name], (0, longest - o[name].shape[1]), value=value) for o in outputs])
+    written = [request for batch in batches for request in batch for _ in range(sampling[request].n)]
+    order = sorted(range(len(written)), key=written.__getitem__)  # stable: responses of a request keep their order
+    return DataProto.from_dict(columns).rows(torch.tensor(order))
