@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from omegaconf import MISSING
 
 
-class LossAverage(str, Enum):
+class LossAverage(StrEnum):
     """How per-token values become one number: over all valid tokens, or over sequences of token means."""
 
     token = "token"

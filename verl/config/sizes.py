@@ -70,10 +70,11 @@ def compute_sizes(config: Config) -> Sizes:
         micro_batch=actor.micro_batch_size_per_device_for_update,
     )
     if sizes.prompts_per_step % sizes.prompts_per_update:
+        near = _divisor_near(sizes.prompts_per_step, sizes.prompts_per_update)
         raise ValueError(
             f"data.rollout_batch_size={sizes.prompts_per_step} (prompts per step) is not a multiple of "
             f"worker.actor.global_batch_size={sizes.prompts_per_update} (prompts per update): prompts would be left "
-            f"over. Try worker.actor.global_batch_size={_divisor_near(sizes.prompts_per_step, sizes.prompts_per_update)}"
+            f"over. Try worker.actor.global_batch_size={near}"
         )
     if sizes.responses_per_update % sizes.ranks:
         raise ValueError(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 
-class Device(str, Enum):
+class Device(StrEnum):
     """Where models run; `auto` takes GPUs where there are some."""
 
     auto = "auto"

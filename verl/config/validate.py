@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable
 
-from verl.algorithms.advantage import ADVANTAGES
-from verl.algorithms.losses.compose import build_terms
-from verl.algorithms.requirements import Requirements, find_requirements
 from verl.config.config import Config
 from verl.config.sizes import compute_sizes
-
-logger = logging.getLogger(__name__)
 
 POSITIVE = (
     "data.max_prompt_length",
@@ -37,8 +31,8 @@ POSITIVE = (
 )
 
 
-def validate(config: Config) -> Requirements:
-    """Check the whole config before anything is built, and derive which passes the run needs.
+def validate(config: Config) -> None:
+    """Check what no single dataclass can: before anything is built, and without looking outside the config and its files.
 
     Raises:
         ValueError: names the key, its value and the way out.
@@ -48,34 +42,12 @@ def validate(config: Config) -> Requirements:
     _check_values(config)
     _check_files(config)
     compute_sizes(config)
-    ADVANTAGES[config.algorithm.adv_estimator]
     for name, term in config.algorithm.terms.items():
         term.check(f"algorithm.terms.{name}")
     for name, view in config.algorithm.views.items():
         view.check(f"algorithm.views.{name}")
-    terms = build_terms(config.algorithm.terms)
-    if not any(term.config.coef for term in terms):
+    if not any(term.coef for term in config.algorithm.terms.values()):
         raise ValueError("algorithm.terms has no term with a coefficient above 0: there is nothing to train on")
-    return find_requirements(terms, config.algorithm.views)
-
-
-def log_requirements(config: Config, requirements: Requirements) -> None:
-    """Say which terms and passes a run has, and warn of every term that trains nothing."""
-    logger.info("loss: %s", ", ".join(f"{n} ({t.kind}, coef {t.coef:g})" for n, t in config.algorithm.terms.items()))
-    passes = ["old log-probs"] * requirements.old + ["reference log-probs"] * requirements.reference
-    passes += [f"log-probs of view '{view}' (no gradient)" for view in requirements.stored_views]
-    logger.info("passes before the updates: %s", ", ".join(passes) or "none")
-    for view in requirements.live_views:
-        logger.info("view '%s' has its forward in the update: gradient flows through it", view)
-    for view in sorted(set(config.algorithm.views) - set(requirements.views)):
-        logger.warning("view '%s' is declared and no loss term reads it: it is not computed", view)
-    for name in requirements.inert:
-        logger.warning(
-            "loss term '%s' has coefficient %g and can give no gradient: it reads only stored columns. It trains "
-            "nothing. Set grad=true on its view, or its coefficient to 0 to keep it as a metric",
-            name,
-            config.algorithm.terms[name].coef,
-        )
 
 
 def _check_positive(config: Config, keys: Iterable[str]) -> None:

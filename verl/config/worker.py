@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from omegaconf import II, MISSING
@@ -11,14 +11,14 @@ from omegaconf import II, MISSING
 from verl.config.algorithm import LossAverage
 
 
-class LRSchedule(str, Enum):
+class LRSchedule(StrEnum):
     """Shape of the learning rate after the warm-up."""
 
     constant = "constant"
     cosine = "cosine"
 
 
-class ComputeDtype(str, Enum):
+class ComputeDtype(StrEnum):
     """Precision of forward and backward; weights and optimizer states stay in float32."""
 
     auto = "auto"  # bfloat16 on GPUs, float32 on CPU
@@ -85,9 +85,10 @@ class ActorConfig:
 
 @dataclass
 class RefConfig:
-    """The frozen reference. It is built only if a loss term reads its log-probs."""
+    """The frozen reference, by default the actor's model as it begins. It is built only if a loss term reads its
+    log-probs."""
 
-    model_path: str = II("worker.actor.model.model_path")
+    model_path: str | None = None
     fsdp: FSDPConfig = field(default_factory=FSDPConfig)
 
 

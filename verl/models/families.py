@@ -67,7 +67,9 @@ def positions_of_prompt(ids: torch.Tensor, image_grid_thw: torch.Tensor | None, 
     pieces, at, start = [], 0, 0
     while at < len(is_image):
         if is_image[at]:
-            time, height, width = next(grids)
+            time, height, width = next(grids, (0, 0, 0))
+            if not time:
+                raise ValueError("more image tokens than images: the text itself holds an image token")
             grid = torch.meshgrid(
                 torch.arange(time), torch.arange(height // merge), torch.arange(width // merge), indexing="ij"
             )

@@ -10,7 +10,8 @@ import sys
 from omegaconf import OmegaConf
 
 from verl.config.compose import CONFIG_DIR, compose_config, presets
-from verl.trainer.ray_trainer import RayTrainer, make_plan
+from verl.trainer.plan import make_plan
+from verl.trainer.ray_trainer import RayTrainer
 from verl.utils.process import LOG_FORMAT, quiet_libraries
 
 logger = logging.getLogger("verl")

@@ -80,7 +80,12 @@ class ReferenceWorker(ModelWorker):
     def build(self) -> None:
         ref = self.config.worker.ref
         model = self.config.worker.actor.model
-        frozen = ModelConfig(ref.model_path, model.trust_remote_code, model.attn_implementation, False, False)
+        frozen = ModelConfig(
+            model_path=ref.model_path or model.model_path,
+            trust_remote_code=model.trust_remote_code,
+            attn_implementation=model.attn_implementation,
+            enable_gradient_checkpointing=False,
+        )
         self.load(frozen, ref.fsdp)
         self.policy.requires_grad_(False)
 

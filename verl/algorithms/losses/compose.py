@@ -1,4 +1,4 @@
-"""The one place where loss terms are reduced and added: loss = sum of sign * coef * reduce(values, mask, denominator)."""
+"""The one place where terms are reduced and added: loss = sum of sign * coef * reduce(values, mask, denominators)."""
 
 from __future__ import annotations
 

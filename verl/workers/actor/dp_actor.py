@@ -69,7 +69,7 @@ class DataParallelActor:
             this rank's metrics, to be merged over ranks.
 
         Raises:
-            RuntimeError: `max_skipped_updates` updates in a row had a gradient that is not finite.
+            RuntimeError: `max_skipped_updates` updates in a row were not finite.
         """
         self.policy.train()
         metrics = MetricBag()
@@ -133,18 +133,25 @@ class DataParallelActor:
         return totals
 
     def _step(self, metrics: MetricBag) -> None:
-        """Clip and apply the gradient; one that is not finite is dropped, on all ranks alike, and reported."""
+        """Clip and apply the gradient. Where it or a loss is not finite, all ranks drop it and say so."""
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if torch.isfinite(norm):
+        # A term may be NaN where its gradient is 0 (a clamp hides it), so both are asked, and all ranks agree.
+        faults = torch.tensor(len(self.nonfinite_terms), device=self.device)
+        dist.all_reduce(faults)
+        healthy = bool(torch.isfinite(norm)) and not faults
+        if healthy:
             self.skipped_in_a_row = 0
-            self.optimizer.step()
+            metrics.add("actor/lr", self.schedule.get_last_lr()[0])
             metrics.add("actor/grad_norm", norm.item())
+            self.optimizer.step()
+            self.schedule.step()
         else:
             self.skipped_in_a_row += 1
             blamed = ", ".join(sorted(self.nonfinite_terms))
             logger.error(
-                "SKIPPED an update (%d in a row): its gradient norm is %s. Loss terms at fault: %s",
+                "SKIPPED an update (%d in a row): loss or gradient is not finite (gradient norm %s). "
+                "Loss terms at fault: %s",
                 self.skipped_in_a_row,
                 norm.item(),
                 blamed or "none on this rank; the model's own backward overflowed, or a term on another rank",
@@ -152,12 +159,10 @@ class DataParallelActor:
         for name in self.nonfinite_terms:
             metrics.add(f"actor/nonfinite/{name}", 1)
         self.nonfinite_terms.clear()
-        metrics.add("actor/skipped_updates", not torch.isfinite(norm))
-        metrics.add("actor/lr", self.schedule.get_last_lr()[0])
+        metrics.add("actor/skipped_updates", not healthy)
         self.optimizer.zero_grad()
-        self.schedule.step()
         if self.skipped_in_a_row >= self.config.max_skipped_updates:
             raise RuntimeError(
-                f"{self.skipped_in_a_row} updates in a row had a gradient that is not finite "
+                f"{self.skipped_in_a_row} updates in a row were not finite "
                 "(worker.actor.max_skipped_updates): training has diverged"
             )

@@ -1,0 +1,105 @@
+"""The reduction: shares of micro-batches and ranks add up to the mean over the mini-batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from verl.algorithms.losses.compose import Denominators, LossTerm, build_terms, compute_losses, reduce_values
+from verl.algorithms.losses.entropy import EntropyTermConfig
+from verl.algorithms.losses.term import LOSS_TERMS, TermKind
+from verl.config.algorithm import LossAverage, LossTermConfig
+from verl.metrics.bag import MetricBag
+
+
+def batch(rows: int = 12, width: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    values = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    lengths = torch.randint(0, width + 1, (rows,), generator=generator)
+    lengths[3] = 0  # an empty response counts neither as tokens nor as a sequence
+    return values, (torch.arange(width)[None] < lengths[:, None]).long()
+
+
+def by_hand(values: torch.Tensor, mask: torch.Tensor, average: LossAverage) -> float:
+    rows = [
+        [v for v, m in zip(vs, ms, strict=True) if m] for vs, ms in zip(values.tolist(), mask.tolist(), strict=True)
+    ]
+    if average == LossAverage.token:
+        tokens = [v for row in rows for v in row]
+        return sum(tokens) / len(tokens)
+    means = [sum(row) / len(row) for row in rows if row]
+    return sum(means) / len(means)
+
+
+@pytest.mark.parametrize("average", list(LossAverage))
+@pytest.mark.parametrize("size", [1, 2, 5, 12])
+def test_shares_of_any_cut_add_up_to_the_mean(average, size):
+    values, mask = batch()
+    order = torch.randperm(len(values), generator=torch.Generator().manual_seed(size))
+    denominators = Denominators(*Denominators.count(mask).tolist())
+    shares = [
+        reduce_values(v, m, average, denominators)
+        for v, m in zip(values[order].split(size), mask[order].split(size), strict=True)
+    ]
+    assert sum(shares).item() == pytest.approx(by_hand(values, mask, average), abs=1e-13)
+
+
+def test_means_of_micro_batch_means_would_be_something_else():
+    values, mask = batch()
+    naive = [by_hand(v, m, LossAverage.token) for v, m in zip(values.split(4), mask.split(4), strict=True)]
+    assert abs(sum(naive) / 3 - by_hand(values, mask, LossAverage.token)) > 1e-3
+
+
+def test_padding_that_is_not_finite_does_not_reach_the_loss():
+    values, mask = batch()
+    values = values.masked_fill(mask == 0, float("nan")).requires_grad_()
+    share = reduce_values(values, mask, LossAverage.token, Denominators(*Denominators.count(mask).tolist()))
+    share.backward()
+    assert torch.isfinite(share) and torch.isfinite(values.grad).all()
+
+
+def test_a_coefficient_of_zero_gives_a_metric_and_no_loss():
+    values, mask = batch()
+    bag = MetricBag()
+    terms = build_terms({"entropy": EntropyTermConfig(coef=0.0), "sharpen": EntropyTermConfig(coef=0.5)})
+    denominators = Denominators(*Denominators.count(mask).tolist())
+    losses = compute_losses(terms, {"log_probs": values}, mask, LossAverage.token, denominators, bag)
+    assert list(losses) == ["sharpen"]
+    mean = by_hand(-values, mask, LossAverage.token)
+    assert losses["sharpen"].item() == pytest.approx(0.5 * mean)
+    assert bag.result()["actor/entropy"] == pytest.approx(mean)
+
+
+def test_a_term_that_reduces_is_refused_by_name():
+    kind = TermKind(
+        "greedy", lambda columns, config: columns["log_probs"].mean(), LossTermConfig, lambda c: (), 1.0, None
+    )
+    values, mask = batch()
+    with pytest.raises(ValueError, match="loss term 'mine'.*one value per token"):
+        compute_losses(
+            [LossTerm("mine", kind, LossTermConfig("greedy", 1.0))],
+            {"log_probs": values},
+            mask,
+            LossAverage.token,
+            Denominators(1, 1),
+            MetricBag(),
+        )
+
+
+def test_unknown_terms_are_refused_with_what_there_is():
+    with pytest.raises(ValueError, match="unknown loss term 'nope'; known: .*perception_kl"):
+        LOSS_TERMS["nope"]
+
+
+def test_metric_bags_merge_exactly():
+    values, mask = batch()
+    whole, parts = MetricBag(), []
+    whole.add_tokens("x", values, mask)
+    for v, m in zip(values.split(5), mask.split(5), strict=True):
+        parts.append(MetricBag())
+        parts[-1].add_tokens("x", v, m)
+        parts[-1].add_max("peak", v.max().item())
+    merged = MetricBag.merged(parts).result()
+    assert merged["x"] == pytest.approx(whole.result()["x"], abs=1e-14)
+    assert merged["peak"] == values.max().item()
+    assert "never" not in merged

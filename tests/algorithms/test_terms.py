@@ -1,0 +1,165 @@
+"""Every loss term against a formula written here on its own, in float64, and its gradient against autograd of that."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from papo.terms import PerceptionKLConfig
+from verl.algorithms.losses.entropy import EntropyTermConfig
+from verl.algorithms.losses.policy import PolicyTermConfig
+from verl.algorithms.losses.ref_kl import RefKLTermConfig
+from verl.algorithms.losses.term import LOSS_TERMS, TermOutput
+
+B, T = 5, 7
+
+
+def columns(seed: int = 0, spread: float = 0.6) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def log_probs() -> torch.Tensor:
+        return -torch.rand(B, T, generator=generator, dtype=torch.float64) * 3
+
+    base = log_probs()
+    noise = [torch.randn(B, T, generator=generator, dtype=torch.float64) * spread for _ in range(3)]
+    return {
+        "log_probs": base.clone().requires_grad_(),
+        "old_log_probs": base + noise[0],
+        "ref_log_probs": base + noise[1],
+        "masked_log_probs": (base + noise[2]).requires_grad_(),
+        "masked_rows": torch.tensor([True, True, False, True, True]),
+        "advantages": torch.randn(B, T, generator=generator, dtype=torch.float64),
+    }
+
+
+def evaluate(config, cols) -> TermOutput:
+    output = LOSS_TERMS[config.kind].function(cols, config)
+    return output if isinstance(output, TermOutput) else TermOutput(output)
+
+
+def policy_by_hand(log_prob, old, advantage, low, high, dual):
+    """One token, in plain Python."""
+    ratio = math.exp(log_prob - old)
+    clipped = min(max(ratio, 1 - low), 1 + high)
+    objective = min(ratio * advantage, clipped * advantage)
+    if advantage < 0:
+        objective = max(objective, dual * advantage)
+    return -objective
+
+
+@pytest.mark.parametrize("spread", [0.1, 0.6, 2.0])
+def test_policy_loss_token_by_token(spread):
+    cols, config = columns(spread=spread), PolicyTermConfig(clip_ratio_low=0.2, clip_ratio_high=0.28)
+    values = evaluate(config, cols).values
+    for b in range(B):
+        for t in range(T):
+            expected = policy_by_hand(
+                cols["log_probs"][b, t].item(),
+                cols["old_log_probs"][b, t].item(),
+                cols["advantages"][b, t].item(),
+                0.2,
+                0.28,
+                3.0,
+            )
+            assert values[b, t].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_policy_gradient_is_ratio_times_advantage_inside_the_clip_range_and_zero_outside():
+    cols, config = columns(spread=0.6), PolicyTermConfig(clip_ratio_low=0.2, clip_ratio_high=0.3)
+    (gradient,) = torch.autograd.grad(evaluate(config, cols).values.sum(), cols["log_probs"])
+    ratio = (cols["log_probs"] - cols["old_log_probs"]).exp().detach()
+    advantage = cols["advantages"]
+    stopped = ((ratio > 1.3) & (advantage > 0)) | ((ratio < 0.8) & (advantage < 0)) | ((ratio > 3) & (advantage < 0))
+    assert stopped.any() and not stopped.all()
+    expected = torch.where(stopped, 0.0, -ratio * advantage)
+    torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=0)
+
+
+def test_policy_metrics_count_only_tokens_that_the_clip_stops():
+    cols = columns(spread=0.6)
+    metrics = evaluate(PolicyTermConfig(clip_ratio_low=0.2, clip_ratio_high=0.3), cols).metrics
+    ratio = (cols["log_probs"] - cols["old_log_probs"]).exp()
+    torch.testing.assert_close(metrics["clip_frac_high"].bool(), (ratio > 1.3) & (cols["advantages"] > 0))
+    torch.testing.assert_close(metrics["clip_frac_low"].bool(), (ratio < 0.8) & (cols["advantages"] < 0))
+
+
+def k3_by_hand(log_prob, other):
+    rho = math.exp(other - log_prob)
+    return rho - math.log(rho) - 1
+
+
+def test_ref_kl_token_by_token_and_its_gradient():
+    cols = columns()
+    values = evaluate(RefKLTermConfig(), cols).values
+    for b, t in ((0, 0), (2, 3), (4, 6)):
+        expected = k3_by_hand(cols["log_probs"][b, t].item(), cols["ref_log_probs"][b, t].item())
+        assert values[b, t].item() == pytest.approx(expected, abs=1e-12)
+    (gradient,) = torch.autograd.grad(values.sum(), cols["log_probs"])
+    rho = (cols["ref_log_probs"] - cols["log_probs"]).exp().detach()
+    torch.testing.assert_close(gradient, 1 - rho, atol=1e-12, rtol=0)
+
+
+def test_perception_kl_uses_masked_over_original_and_sends_gradient_into_both_views():
+    cols = columns()
+    values = evaluate(PerceptionKLConfig(), cols).values
+    for b, t in ((0, 0), (1, 5), (4, 6)):
+        expected = k3_by_hand(cols["log_probs"][b, t].item(), cols["masked_log_probs"][b, t].item())
+        assert values[b, t].item() == pytest.approx(expected, abs=1e-12)
+    original, masked = torch.autograd.grad(values.sum(), [cols["log_probs"], cols["masked_log_probs"]])
+    rho = (cols["masked_log_probs"] - cols["log_probs"]).exp().detach()
+    rows = cols["masked_rows"][:, None]
+    torch.testing.assert_close(original, torch.where(rows, 1 - rho, 0.0), atol=1e-12, rtol=0)
+    torch.testing.assert_close(masked, torch.where(rows, rho - 1, 0.0), atol=1e-12, rtol=0)
+
+
+def test_perception_kl_is_maximised():
+    assert LOSS_TERMS["perception_kl"].sign == -1
+    assert LOSS_TERMS["ref_kl"].sign == LOSS_TERMS["entropy"].sign == LOSS_TERMS["policy"].sign == 1
+
+
+def test_perception_kl_is_zero_without_gradient_where_nothing_is_masked():
+    cols = columns()
+    cols["masked_log_probs"] = cols["log_probs"].detach().clone().requires_grad_()
+    values = evaluate(PerceptionKLConfig(), cols).values
+    assert (values == 0).all()
+    for gradient in torch.autograd.grad(values.sum(), [cols["log_probs"], cols["masked_log_probs"]]):
+        assert (gradient == 0).all()
+
+
+def test_k3_of_policy_samples_estimates_the_kl():
+    """Over samples from pi the code's ratio is unbiased for KL(pi || pi_mask); the paper's printed one is not."""
+    pi = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05], dtype=torch.float64)
+    masked = torch.tensor([0.2, 0.2, 0.2, 0.2, 0.2], dtype=torch.float64)
+    kl = (pi * (pi / masked).log()).sum()
+    cols = {
+        "log_probs": pi.log()[None],
+        "masked_log_probs": masked.log()[None],
+        "masked_rows": torch.tensor([True]),
+    }
+    expectation = (pi * evaluate(PerceptionKLConfig(), cols).values[0]).sum()
+    torch.testing.assert_close(expectation, kl, atol=1e-12, rtol=0)
+    inverse = pi / masked
+    assert (pi * (inverse - inverse.log() - 1)).sum().item() != pytest.approx(kl.item(), abs=1e-3)
+
+
+def test_extreme_log_ratios_stay_finite():
+    cols = columns()
+    cols["log_probs"] = torch.full((B, T), -0.01, dtype=torch.float32, requires_grad=True)
+    for name in ("old_log_probs", "ref_log_probs", "masked_log_probs"):
+        cols[name] = torch.full((B, T), -400.0, dtype=torch.float32)
+    for config in (PolicyTermConfig(), RefKLTermConfig(), PerceptionKLConfig()):
+        values = evaluate(config, cols).values
+        (gradient,) = torch.autograd.grad(values.sum(), cols["log_probs"])
+        assert torch.isfinite(values).all() and torch.isfinite(gradient).all()
+
+
+def test_entropy_is_minus_log_prob_of_either_view():
+    cols = columns()
+    torch.testing.assert_close(evaluate(EntropyTermConfig(), cols).values, -cols["log_probs"])
+    masked = evaluate(EntropyTermConfig(view="masked"), cols).values
+    rows = cols["masked_rows"][:, None]
+    torch.testing.assert_close(masked, torch.where(rows, -cols["masked_log_probs"], 0.0))
+    (gradient,) = torch.autograd.grad(masked.sum(), cols["masked_log_probs"])
+    torch.testing.assert_close(gradient, torch.where(rows, -1.0, 0.0).expand(B, T).double())

@@ -1,0 +1,144 @@
+"""Presets compose, and misuse is refused with the key, the value and a way out."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from verl.config.compose import compose_config, presets
+from verl.config.config import Config
+from verl.config.sizes import compute_sizes
+from verl.trainer.plan import check, log_requirements
+
+PATHS = ["data.train_files=a.parquet", "data.val_files=b.parquet", "worker.actor.model.model_path=somewhere"]
+
+pytestmark = pytest.mark.usefixtures("in_repository")
+
+
+def preset(name: str = "papo_grpo", *overrides: str) -> Config:
+    return compose_config(name, [*PATHS, *overrides])
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_composes_and_is_valid(name):
+    config = preset(name)
+    check(config)
+    assert config.trainer.output_dir == f"outputs/{config.trainer.project_name}/{config.trainer.experiment_name}"
+
+
+def test_presets_hold_what_the_paper_says():
+    papo, grpo = preset("papo_grpo"), preset("grpo")
+    terms = papo.algorithm.terms
+    assert (terms["perception_kl"].coef, terms["entropy"].coef, terms["masked_entropy"].coef) == (0.02, 0.05, 0.05)
+    assert terms["ref_kl"].coef == 0.01 and terms["masked_entropy"].view == "masked"
+    assert (terms["policy"].clip_ratio_low, terms["policy"].clip_ratio_high, terms["policy"].clip_ratio_dual) == (
+        0.2,
+        0.3,
+        3,
+    )
+    mask = papo.algorithm.views["masked"]
+    assert (mask.kind, mask.patch_size, mask.prob, mask.grad) == ("random_patch", 14, 0.6, True)
+    assert not grpo.algorithm.views and "perception_kl" not in grpo.algorithm.terms
+    assert (papo.data.rollout_batch_size, papo.worker.rollout.n, papo.worker.actor.global_batch_size) == (384, 5, 128)
+    assert papo.worker.actor.optim.lr == 1e-6 and papo.worker.actor.optim.weight_decay == 1e-2
+
+
+def test_papo_needs_reference_and_live_view_and_a_term_removed_takes_its_pass_along():
+    found = check(preset())
+    assert found.reference and found.live_views == ("masked",) and found.inert == ()
+    found = check(preset("papo_grpo", "~term@algorithm.terms.ref_kl"))
+    assert not found.reference
+
+
+def test_one_seed_reaches_everything_unless_it_is_given_apart():
+    config = preset("papo_grpo", "trainer.seed=7", "data.seed=9")
+    assert (config.worker.rollout.seed, config.data.seed) == (7, 9)
+
+
+def test_a_term_that_can_give_no_gradient_is_reported_by_name(caplog):
+    config = preset("papo_grpo", "algorithm.views.masked.grad=false")
+    with caplog.at_level(logging.INFO, logger="verl"):
+        log_requirements(config, check(config))
+    assert "loss term 'masked_entropy' has coefficient 0.05 and can give no gradient" in caplog.text
+    assert "log-probs of view 'masked' (no gradient)" in caplog.text
+
+
+def test_the_batch_arithmetic_in_words():
+    config = preset("papo_grpo", "trainer.n_gpus_per_node=4")
+    words = compute_sizes(config).in_words()
+    assert "384 prompts x 5 responses = 1920 responses" in words
+    assert "384 prompts / 128 prompts per update = 3" in words
+    assert "640 responses / 4 rank(s) = 160 per rank, in 40 micro-batch(es) of at most 4" in words
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.rollout_batch_siez=3", "rollout_batch_siez"),
+        ("algorithm.terms.perception_kl.gamma=1", "gamma"),
+        ("data.rollout_batch_size=many", "many"),
+        ("worker.actor.loss_avg_mode=tokens", "tokens"),
+        ("+term@algorithm.terms.x=perception_lk", "perception_lk"),
+    ],
+)
+def test_what_does_not_compose_names_the_key(override, message):
+    with pytest.raises(ValueError, match=f"does not compose.*{message}"):
+        preset("papo_grpo", override)
+
+
+def test_unknown_presets_and_missing_values_are_named():
+    with pytest.raises(ValueError, match="no preset 'papo_gpro'.*papo_grpo"):
+        preset("papo_gpro")
+    with pytest.raises(ValueError, match="need a value: data.train_files, worker.actor.model.model_path"):
+        compose_config("grpo", ["data.val_files=b"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["worker.actor.global_batch_size=100"], "not a multiple of worker.actor.global_batch_size=100.*Try .*=96"),
+        (["trainer.n_gpus_per_node=7"], "640 responses, which 7 ranks .* cannot share equally"),
+        (["worker.rollout.n=1"], "worker.rollout.n=1: grpo compares"),
+        (["worker.rollout.temperature=0"], "worker.rollout.temperature=0.0: a value above 0"),
+        (["worker.rollout.top_p=1.5"], "worker.rollout.top_p=1.5"),
+        (["worker.rollout.top_k=0"], "worker.rollout.top_k=0"),
+        (["worker.actor.micro_batch_size_per_device_for_update=0"], "for_update=0: a value above 0"),
+        (["data.min_pixels=9", "data.max_pixels=8"], "data.min_pixels=9 is above data.max_pixels=8"),
+        (["data.val_files=null"], "data.val_files is not set"),
+        (["algorithm.adv_estimator=gae"], "unknown advantage estimator 'gae'"),
+        (["algorithm.terms.perception_kl.coef=-0.01"], "algorithm.terms.perception_kl.coef=-0.01"),
+        (["algorithm.terms.perception_kl.view=blurred"], "reads the column 'blurred_log_probs'"),
+        (["algorithm.terms.policy.clip_ratio_low=1.2"], "algorithm.terms.policy.clip_ratio_low=1.2"),
+        (["algorithm.views.masked.prob=2"], "algorithm.views.masked.prob=2"),
+        (["trainer.max_steps=0"], "trainer.max_steps=0"),
+        ([f"algorithm.terms.{t}.coef=0" for t in ("policy", "ref_kl", "perception_kl", "entropy", "masked_entropy")],
+         "nothing to train on"),
+    ],
+)  # fmt: skip
+def test_values_that_have_no_meaning_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        check(preset("papo_grpo", *overrides))
+
+
+def test_a_mistyped_template_is_named():
+    with pytest.raises(FileNotFoundError, match="data.format_prompt='.*maths.jinja': there is no such file"):
+        check(preset("papo_grpo", "data.format_prompt=examples/maths.jinja"))
+
+
+def test_a_loss_term_in_a_users_file_is_ten_lines(tmp_path, monkeypatch):
+    """The README's example, as it stands there."""
+    readme = (REPOSITORY / "README.md").read_text()
+    source = readme.split("```python\n# my_terms.py\n")[1].split("```")[0]
+    (tmp_path / "my_terms.py").write_text(source)
+    monkeypatch.setenv("VERL_PLUGINS", str(tmp_path / "my_terms.py"))
+    config = preset("papo_grpo", "+term@algorithm.terms.confident=confidence", "algorithm.terms.confident.coef=0.1")
+    assert check(config).inert == ()
+    assert len([line for line in source.splitlines() if line.strip()]) <= 12
+
+
+def test_a_plugin_file_that_does_not_exist_is_named(monkeypatch):
+    monkeypatch.setenv("VERL_PLUGINS", "/nowhere/terms.py")
+    with pytest.raises(FileNotFoundError, match="VERL_PLUGINS names '/nowhere/terms.py'"):
+        preset()

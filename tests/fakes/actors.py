@@ -1,0 +1,106 @@
+"""A DataParallelActor on this process's rank, with plain SGD so that its update shows the gradient."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from papo.terms import PerceptionKLConfig
+from verl.algorithms.losses.compose import build_terms
+from verl.algorithms.losses.entropy import EntropyTermConfig
+from verl.algorithms.losses.policy import PolicyTermConfig
+from verl.algorithms.losses.ref_kl import RefKLTermConfig
+from verl.config.algorithm import LossAverage, LossTermConfig
+from verl.config.worker import ActorConfig, FSDPConfig, ModelConfig
+from verl.data.vision import load_special_tokens
+from verl.plugins import load_plugins
+from verl.protocol import DataProto
+from verl.workers.actor.dp_actor import DataParallelActor
+from verl.workers.fsdp.wrap import build_sharded, full_weights
+
+CPU = torch.device("cpu")
+
+
+def papo_terms() -> dict[str, LossTermConfig]:
+    """Every term of PAPO-G, with coefficients large enough that each one shows in the gradient."""
+    return {
+        "policy": PolicyTermConfig(),
+        "ref_kl": RefKLTermConfig(coef=0.3),
+        "perception_kl": PerceptionKLConfig(coef=0.7),
+        "entropy": EntropyTermConfig(coef=0.2),
+        "masked_entropy": EntropyTermConfig(coef=0.4, view="masked"),
+    }
+
+
+@contextmanager
+def process_group(rank: int = 0, world_size: int = 1, path: str | None = None):
+    """gloo among `world_size` processes that meet at the file `path`."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = dist.FileStore(path or os.path.join(folder, "store"), world_size)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+def build_actor(
+    model: Path, terms: dict[str, LossTermConfig] | None = None, lr: float = 1.0, live: bool = True, **options: Any
+) -> DataParallelActor:
+    """An actor whose single update moves every weight by exactly its gradient."""
+    model_options = {
+        k: options.pop(k) for k in ("freeze_vision_tower", "enable_gradient_checkpointing") if k in options
+    }
+    config = ActorConfig(**{"max_grad_norm": 1e9, "micro_batch_size_per_device_for_update": 100, **options})
+    model_config = ModelConfig(str(model), **{"enable_gradient_checkpointing": False, **model_options})
+    policy = build_sharded(model_config, FSDPConfig(), load_special_tokens(str(model)), config.logits_chunk_size, CPU)
+    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=lr)
+    return DataParallelActor(
+        policy=policy,
+        optimizer=optimizer,
+        schedule=torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
+        terms=build_terms(terms or papo_terms()),
+        live_views=("masked",) if live else (),
+        config=config,
+        device=CPU,
+    )
+
+
+def weights(actor: DataParallelActor) -> dict[str, torch.Tensor]:
+    return {name: weight.detach().clone() for name, weight in full_weights(actor.policy)}
+
+
+def gradient(model: Path, batch: DataProto, **options: Any) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """(gradient of one mini-batch by weight, this rank's metrics)."""
+    mini_batches = options.pop("mini_batches", 1)
+    actor = build_actor(model, **options)
+    before = weights(actor)
+    metrics = actor.update_policy(batch, mini_batches, temperature=1.0)
+    after = weights(actor)
+    return {name: before[name] - after[name] for name in before}, metrics.result()
+
+
+def on_ranks(world_size: int, function: Callable, *arguments: Any) -> list[Any]:
+    """`function(rank, *arguments)` in `world_size` new processes of one gloo group; its results by rank."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_rank, args=(world_size, folder, function, arguments), nprocs=world_size)
+        return [torch.load(os.path.join(folder, f"{rank}.pt"), weights_only=False) for rank in range(world_size)]
+
+
+def _rank(rank: int, world_size: int, folder: str, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    load_plugins()
+    with process_group(rank, world_size, os.path.join(folder, "store")):
+        torch.save(function(rank, *arguments), os.path.join(folder, f"{rank}.pt"))
+
+
+__all__ = ["LossAverage", "build_actor", "gradient", "on_ranks", "papo_terms", "process_group", "weights"]

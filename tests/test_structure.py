@@ -1,0 +1,67 @@
+"""The habits of the code that a machine can check."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+SOURCES = sorted([*(REPOSITORY / "verl").rglob("*.py"), *(REPOSITORY / "papo").rglob("*.py")])
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+
+# Each package may import those below it, and itself.
+LAYERS = [
+    {"trainer"},
+    {"single_controller", "tracking"},
+    {"workers"},
+    {"data"},
+    {"models", "algorithms"},
+    {"config", "metrics", "registry", "plugins", "protocol", "columns", "utils"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_file(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
+        assert not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"), "logging, not print"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if relative(p).startswith("verl")], ids=relative)
+def test_verl_does_not_import_papo_and_imports_point_down(path):
+    modules = imports(path)
+    assert not any(m == "papo" or m.startswith("papo.") for m in modules)
+    own = relative(path).removesuffix(".py").split("/")[1]
+    for module in modules:
+        parts = module.split(".")
+        if parts[0] == "verl" and len(parts) > 1 and own in LEVEL and parts[1] in LEVEL:
+            assert LEVEL[parts[1]] >= LEVEL[own], f"{own} imports {module}, which lies above it"
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "verl/algorithms").rglob("*.py")), ids=relative)
+def test_the_mathematics_needs_torch_and_nothing_else_of_weight(path):
+    heavy = {"ray", "transformers", "tensordict", "datasets", "numpy", "PIL", "vllm"}
+    assert not {module.split(".")[0] for module in imports(path)} & heavy
+    assert not any(module.startswith("verl.protocol") for module in imports(path))

@@ -1,0 +1,142 @@
+"""The whole loop as a user starts it: a real command, Ray, two ranks, two steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import REPOSITORY
+
+TIMINGS = ("timing_s/", "perf/")
+
+
+def command(*overrides: str) -> list[str]:
+    return [sys.executable, "-m", "verl.trainer.main", "--config-name", "quickstart", *overrides]
+
+
+def start(assets: Path, output: Path, *overrides: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    paths = [
+        f"data.train_files={assets / 'train.parquet'}",
+        f"data.val_files={assets / 'val.parquet'}",
+        f"worker.actor.model.model_path={assets / 'model'}",
+        f"trainer.output_dir={output}",
+    ]
+    sizes = [
+        "data.rollout_batch_size=4",
+        "worker.actor.global_batch_size=2",
+        "worker.rollout.n=3",
+        "trainer.max_steps=2",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        command(*paths, *sizes, *overrides),
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(assets, tmp_path_factory) -> tuple[Path, str]:
+    output = tmp_path_factory.mktemp("run") / "out"
+    done = start(assets, output, "worker.actor.micro_batch_size_per_device_for_update=2", "trainer.val_freq=1")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return output, done.stdout + done.stderr
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    output, log = finished
+    expected = {"config.yaml", "metrics.jsonl", "samples.jsonl", "model", "curves.png", "summary.json"}
+    assert {p.name for p in output.iterdir()} == expected
+    summary = json.loads((output / "summary.json").read_text())
+    assert {"val_accuracy_before", "val_accuracy_after", "steps", "seconds", "seed"} <= set(summary)
+    assert summary["steps"] == 2 and summary["seed"] == 1
+    assert "4 prompts x 3 responses = 12 responses" in log and "Traceback" not in log
+
+
+def test_metrics_of_each_step(finished):
+    output, _ = finished
+    before, first, second = records(output / "metrics.jsonl")
+    assert (before["step"], first["step"], second["step"]) == (0, 1, 2)
+    names = """train/accuracy train/reward actor/pg_loss actor/perception_kl actor/entropy actor/masked_entropy
+        actor/ref_kl actor/grad_norm actor/clip_frac_high actor/clip_frac_low rollout/log_prob_diff_mean
+        rollout/log_prob_diff_max timing_s/rollout timing_s/update timing_s/weight_sync perf/tokens_per_second"""
+    for record in (first, second):
+        assert set(names.split()) <= set(record)
+        # The second step's responses come from synced weights: engine and trainer still agree.
+        assert record["rollout/log_prob_diff_max"] < 1e-4 and record["actor/first_log_ratio_max"] < 1e-4
+        assert record["actor/skipped_updates"] == 0
+    assert "val/accuracy" in before and "val/accuracy" in second
+    assert first["actor/ref_kl"] < second["actor/ref_kl"]
+    assert len(records(output / "samples.jsonl")) == 5 * 4
+    assert {"step", "split", "uid", "prompt", "response", "answer", "score"} <= set(
+        records(output / "samples.jsonl")[0]
+    )
+
+
+def test_the_saved_model_is_an_ordinary_folder_that_has_learnt(finished, assets):
+    from PIL import Image
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    output, _ = finished
+    processor = AutoProcessor.from_pretrained(output / "model")
+    model = AutoModelForImageTextToText.from_pretrained(output / "model")
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Add the digits."}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(text=[text], images=[Image.new("RGB", (56, 28), "white")], return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=4).shape[1] > inputs["input_ids"].shape[1]
+    start_weights = AutoModelForImageTextToText.from_pretrained(assets / "model").state_dict()
+    moved = [name for name, weight in model.state_dict().items() if not torch.equal(weight, start_weights[name])]
+    assert any("visual" in name for name in moved) and any("lm_head" in name for name in moved)
+
+
+def test_the_same_seed_gives_the_same_numbers_and_an_earlier_run_is_kept(finished, assets):
+    output, _ = finished
+    first = records(output / "metrics.jsonl")
+    done = start(assets, output, "worker.actor.micro_batch_size_per_device_for_update=2", "trainer.val_freq=1")
+    assert done.returncode == 0, done.stderr[-4000:]
+    again = records(output / "metrics.jsonl")
+
+    def values(record):
+        return {name: value for name, value in record.items() if not name.startswith(TIMINGS)}
+
+    assert [values(r) for r in again] == [values(r) for r in first]
+    assert (output.parent / "out.previous-1" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("data.train_files=outputs/nowhere.parquet", "outputs/nowhere.parquet"),
+        ("worker.actor.model.model_path=outputs/nowhere/model", "outputs/nowhere/model"),
+        ("worker.reward.reward_function=examples/nowhere.py:score", "examples/nowhere.py"),
+        ("data.format_prompt=examples/nowhere.jinja", "examples/nowhere.jinja"),
+        ("data.rollout_batch_size=5", "worker.actor.global_batch_size"),
+    ],
+)
+def test_mistyped_paths_stop_the_command_at_once_with_one_clear_line(assets, tmp_path, override, named):
+    done = start(assets, tmp_path / "out", override, timeout=120)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and named in last
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_preset_that_does_not_exist_and_the_whole_config():
+    done = subprocess.run(command("--print-config"), cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "perception_kl:" in done.stdout
+    wrong = [sys.executable, "-m", "verl.trainer.main", "--config-name", "quikstart"]
+    done = subprocess.run(wrong, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "there is no preset 'quikstart'" in done.stderr and "quickstart" in done.stderr

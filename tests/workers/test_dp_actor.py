@@ -1,0 +1,210 @@
+"""update_policy: its gradient is that of the definition, however the batch is cut, ordered and shared."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from papo.terms import PerceptionKLConfig
+from tests.fakes.actors import build_actor, gradient, on_ranks, papo_terms, process_group, weights
+from tests.fakes.rollouts import make_batch
+from tests.fakes.rows import row, write_parquet
+from verl.algorithms.losses.entropy import EntropyTermConfig
+from verl.algorithms.losses.policy import PolicyTermConfig
+from verl.config.algorithm import LossAverage
+from verl.models.families import MODALITY_TOKENS
+from verl.workers.actor.dp_actor import compute_log_probs
+
+
+@pytest.fixture(scope="module")
+def model(assets):
+    return assets / "model"
+
+
+@pytest.fixture(scope="module")
+def batch(assets):
+    return make_batch(assets)
+
+
+@pytest.fixture(scope="module")
+def mixed(assets, tmp_path_factory):
+    """Text-only, one-image and two-image prompts; the first half has no image at all."""
+    rows = [row("1+1?", images=0), row("2+3?", images=0), row(), row("<image>+<image>", images=2)]
+    return make_batch(assets, write_parquet(tmp_path_factory.mktemp("mixed") / "a.parquet", rows))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank():
+    with process_group():
+        yield
+
+
+def definition(model, batch, average=LossAverage.token):
+    """PAPO-G's objective written out on the plain model, row by row, in float64; returns its gradient."""
+    plain = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float64)
+    vocabulary = range(plain.config.text_config.vocab_size)
+    banned = [v for v in vocabulary if v in banned_ids(model)]
+
+    def log_probs(i, images):
+        keep = batch["attention_mask"][i].bool()
+        ids = batch["input_ids"][i][keep]
+        vision = dict(batch[images][i])
+        if vision:
+            vision["mm_token_type_ids"] = (ids == plain.config.image_token_id).int()[None]
+        logits = plain(input_ids=ids[None], **vision).logits[0, :-1].clone()
+        logits[:, banned] = float("-inf")
+        length = int(batch["response_mask"][i].sum())
+        return torch.log_softmax(logits, -1).gather(-1, ids[1:, None])[-length:, 0]
+
+    def k3(a, b):
+        return (b - a).exp() - (b - a) - 1
+
+    losses = []
+    for i in range(len(batch)):
+        length = int(batch["response_mask"][i].sum())
+        old, ref, advantage = (batch[c][i, :length].double() for c in ("old_log_probs", "ref_log_probs", "advantages"))
+        own = log_probs(i, "mm_inputs")
+        ratio = (own - old).exp()
+        loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.3) * advantage)
+        loss = torch.where(advantage < 0, torch.minimum(loss, -3 * advantage), loss)
+        loss = loss + 0.3 * k3(own, ref) - 0.2 * own
+        if batch["masked_rows"][i]:
+            masked = log_probs(i, "masked_mm_inputs")
+            loss = loss - 0.7 * k3(own, masked) - 0.4 * masked
+        losses.append(loss)
+    total = torch.cat(losses).mean() if average == LossAverage.token else torch.stack([x.mean() for x in losses]).mean()
+    total.backward()
+    zero = {name: torch.zeros_like(p) for name, p in plain.named_parameters()}
+    return {n: p.grad if p.grad is not None else zero[n] for n, p in plain.named_parameters()}, total.item()
+
+
+def banned_ids(model):
+    from transformers import AutoTokenizer
+
+    return set(
+        AutoTokenizer.from_pretrained(model).convert_tokens_to_ids([t for t in MODALITY_TOKENS if "audio" not in t])
+    )
+
+
+def assert_same(found, expected, tolerance=2e-6):
+    """Equal up to float32 rounding, measured against the largest entry of the whole gradient."""
+    scale = max(g.abs().max().item() for g in expected.values())
+    assert scale > 1e-3
+    for name, value in expected.items():
+        worst = (found[name].double() - value.double()).abs().max().item()
+        assert worst < tolerance * scale, f"{name}: {worst / scale:.2e} of the largest entry"
+
+
+@pytest.mark.parametrize("average", list(LossAverage))
+def test_gradient_of_the_whole_objective_is_that_of_its_definition(model, batch, average):
+    found, _ = gradient(model, batch, loss_avg_mode=average)
+    expected, _ = definition(model, batch, average)
+    assert_same(found, expected)
+
+
+def test_gradient_with_text_only_and_multi_image_rows(model, mixed):
+    assert_same(gradient(model, mixed)[0], definition(model, mixed)[0])
+    assert_same(gradient(model, mixed, micro_batch_size_per_device_for_update=1)[0], definition(model, mixed)[0])
+
+
+@pytest.mark.parametrize("average", list(LossAverage))
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_micro_batch_size_does_not_change_gradient_or_metrics(model, batch, average, micro):
+    whole, metrics = gradient(model, batch, loss_avg_mode=average)
+    cut, cut_metrics = gradient(model, batch, loss_avg_mode=average, micro_batch_size_per_device_for_update=micro)
+    assert_same(cut, whole)
+    for name in ("pg_loss", "perception_kl", "entropy", "masked_entropy", "ref_kl", "clip_frac_high", "grad_norm"):
+        assert cut_metrics[f"actor/{name}"] == pytest.approx(metrics[f"actor/{name}"], rel=1e-5), name
+
+
+def test_order_of_rows_does_not_change_the_gradient(model, batch):
+    order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(3))
+    shuffled, _ = gradient(model, batch.rows(order), micro_batch_size_per_device_for_update=2)
+    assert_same(shuffled, gradient(model, batch)[0])
+
+
+@pytest.mark.parametrize("name", list(papo_terms()))
+def test_each_term_alone_is_invariant_and_gives_a_gradient(model, batch, name):
+    terms = {name: papo_terms()[name]}
+    whole, _ = gradient(model, batch, terms=terms)
+    cut, _ = gradient(model, batch, terms=terms, micro_batch_size_per_device_for_update=3)
+    assert_same(cut, whole, tolerance=1e-5)
+
+
+def test_gradient_checkpointing_and_small_logit_chunks_change_nothing(model, batch):
+    found, _ = gradient(model, batch, enable_gradient_checkpointing=True, logits_chunk_size=4)
+    assert_same(found, gradient(model, batch)[0])
+
+
+def test_perception_kl_has_no_gradient_where_nothing_is_masked(assets, model):
+    unmasked = make_batch(assets, prob=0.0)
+    found, metrics = gradient(model, unmasked, terms={"kl": PerceptionKLConfig(coef=1.0)})
+    assert metrics["actor/kl"] == pytest.approx(0.0, abs=1e-9)
+    assert max(g.abs().max().item() for g in found.values()) < 1e-6
+
+
+def test_masked_entropy_gives_a_gradient_only_through_a_live_view(model, batch):
+    terms = {"policy": PolicyTermConfig(), "masked_entropy": EntropyTermConfig(coef=5.0, view="masked")}
+    stored = batch.with_columns({"masked_log_probs": batch["old_log_probs"]})
+    policy_alone, _ = gradient(model, stored, terms={"policy": PolicyTermConfig()}, live=False)
+    inert, _ = gradient(model, stored, terms=terms, live=False)
+    live, _ = gradient(model, stored, terms=terms)
+    assert_same(inert, policy_alone)
+    assert max((live[n] - policy_alone[n]).abs().max().item() for n in live) > 1e-2
+
+
+def test_several_mini_batches_are_several_updates(model, batch):
+    both, metrics = gradient(model, batch, mini_batches=2, lr=0.1)
+    actor = build_actor(model, lr=0.1)
+    before = weights(actor)
+    for half in batch.chunk(2):
+        actor.update_policy(half, 1, temperature=1.0)
+    after = weights(actor)
+    assert_same(both, {n: before[n] - after[n] for n in before})
+
+
+def test_a_frozen_vision_tower_stays(model, batch):
+    moved, _ = gradient(model, batch, freeze_vision_tower=True)
+    assert all((g == 0).all() for n, g in moved.items() if "visual" in n)
+    assert any((g != 0).any() for n, g in moved.items() if "visual" not in n)
+
+
+def test_log_probs_do_not_depend_on_the_micro_batch(model, mixed):
+    actor = build_actor(model)
+    for view in ("", "masked"):
+        whole = compute_log_probs(actor.policy, mixed, view, 1.0, 100, actor.device)
+        cut = compute_log_probs(actor.policy, mixed, view, 1.0, 1, actor.device)
+        torch.testing.assert_close(cut, whole, atol=1e-5, rtol=0)
+        assert (whole[mixed["response_mask"] == 0] == 0).all()
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_blamed_on_its_term(model, batch, caplog):
+    broken = batch.with_columns({"ref_log_probs": torch.full_like(batch["ref_log_probs"], float("nan"))})
+    actor = build_actor(model, max_skipped_updates=2)
+    before = weights(actor)
+    with caplog.at_level(logging.ERROR):
+        metrics = actor.update_policy(broken, 1, temperature=1.0).result()
+    assert "SKIPPED" in caplog.text and "Loss terms at fault: ref_kl" in caplog.text
+    assert metrics["actor/skipped_updates"] == 1 and metrics["actor/nonfinite/ref_kl"] == 1
+    assert all(torch.equal(before[n], w) for n, w in weights(actor).items())
+    actor.update_policy(batch, 1, temperature=1.0)  # a healthy one in between starts the count anew
+    actor.update_policy(broken, 1, temperature=1.0)
+    with pytest.raises(RuntimeError, match="2 updates in a row.*max_skipped_updates"):
+        actor.update_policy(broken, 1, temperature=1.0)
+
+
+def _gradients_of_rank(rank, model, batches, options):
+    """What one of two ranks computes, for several batches, from its half of the rows."""
+    return [gradient(model, batch.chunk(2)[rank], **options) for batch in batches]
+
+
+def test_two_ranks_give_the_gradient_of_one(model, batch, mixed):
+    options = {"micro_batch_size_per_device_for_update": 3}
+    ranks = on_ranks(2, _gradients_of_rank, model, [batch, mixed], options)
+    for i, rows in enumerate((batch, mixed)):  # in `mixed` one rank has no image at all
+        whole, _ = gradient(model, rows)
+        for rank in ranks:
+            assert_same(rank[i][0], whole)

@@ -1,0 +1,173 @@
+"""The Hugging Face engine: what it samples, that it says so truthfully, and how it takes weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.fakes.actors import build_actor, process_group
+from tests.fakes.rollouts import make_batch
+from tests.fakes.rows import row, write_parquet
+from verl.config.compose import compose_config
+from verl.config.worker import RolloutConfig, SamplingOverride
+from verl.data.collate import PromptCollator, join_responses
+from verl.data.dataset import PromptDataset
+from verl.data.vision import VisionProcessor, load_special_tokens
+from verl.workers.actor.dp_actor import compute_log_probs
+from verl.workers.fsdp.wrap import full_weights
+from verl.workers.rollout.base import SamplingParams, train_sampling, validation_sampling
+from verl.workers.rollout.hf_engine import HFEngine
+from verl.workers.rollout.sampler import SeededSampler
+from verl.workers.rollout.weight_sync import pack
+
+PARAMS = SamplingParams(n=3, temperature=1.0, top_p=1.0, top_k=-1, max_tokens=12, seed=5)
+
+
+@pytest.fixture(scope="module")
+def setup(assets, tmp_path_factory):
+    """(engine, prompts with no, one and two images, vision)"""
+    path = write_parquet(
+        tmp_path_factory.mktemp("rollout") / "a.parquet",
+        [row(), row("How much is 1+1? Think.", images=0), row("<image>+<image>", images=2, width=84), row()],
+    )
+    overrides = [f"data.train_files={path}", "data.val_files=null", f"worker.actor.model.model_path={assets / 'model'}"]
+    config = compose_config("quickstart", overrides)
+    vision = VisionProcessor(str(assets / "model"), 784, 12544)
+    data = PromptDataset(path, "k", replace(config.data, format_prompt=None), vision)
+    prompts = PromptCollator(vision.special.pad)([data[i] for i in range(4)])
+    engine = HFEngine(config, load_special_tokens(str(assets / "model")), torch.device("cpu"))
+    return engine, prompts, vision
+
+
+def requests(count=4, **changes):
+    return [replace(PARAMS, seed=100 + i, **changes) for i in range(count)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_of_engine_and_trainer_agree(setup, assets, temperature):
+    engine, prompts, _ = setup
+    responses = engine.generate(prompts, requests(temperature=temperature))
+    batch = join_responses(prompts, responses, 3)
+    with process_group():
+        actor = build_actor(assets / "model")
+        trainer = compute_log_probs(actor.policy, batch, "", temperature, 5, actor.device)
+    difference = (trainer - responses["rollout_log_probs"]).abs()
+    assert responses["response_mask"].sum() > 30 and difference.max() < 1e-5
+
+
+def test_log_probs_agree_after_a_weight_sync_of_a_trained_policy(setup, assets):
+    engine, prompts, _ = setup
+    with process_group():
+        actor = build_actor(assets / "model", lr=0.05)
+        before = {n: w.clone() for n, w in full_weights(actor.policy)}
+        actor.update_policy(make_batch(assets), 1, temperature=1.0)
+        buckets = list(pack(full_weights(actor.policy), bucket_bytes=200_000))
+        assert len(buckets) > 3
+        engine.load_weights(entry for bucket in buckets for entry in bucket.unpack())
+        batch = join_responses(prompts, engine.generate(prompts, requests()), 3)
+        trainer = compute_log_probs(actor.policy, batch, "", 1.0, 100, actor.device)
+    assert (trainer - batch["rollout_log_probs"]).abs().max() < 1e-5
+    engine.load_weights(before.items())
+
+
+def test_buckets_carry_every_dtype_and_shape_exactly():
+    weights = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(7).bfloat16(),
+        "c": torch.tensor(2.5),
+        "d": torch.arange(6).view(2, 3),
+        "e": torch.randn(1000),
+    }
+    for size in (1, 64, 10_000):
+        found = {n: w.clone() for bucket in pack(weights.items(), size) for n, w in bucket.unpack()}
+        assert list(found) == list(weights)
+        for name in weights:
+            assert found[name].dtype == weights[name].dtype and torch.equal(found[name], weights[name])
+
+
+def test_weights_that_are_missing_or_unknown_are_named(setup):
+    engine, _, _ = setup
+    own = {n: w.clone() for n, w in engine.model.state_dict().items()}
+    with pytest.raises(ValueError, match="sent 'lm_hat.weight', which the engine's model does not have"):
+        engine.load_weights([("lm_hat.weight", torch.zeros(1))])
+    own.pop("lm_head.weight")
+    with pytest.raises(ValueError, match="left 1 weights as they were, such as 'lm_head.weight'"):
+        engine.load_weights(own.items())
+
+
+def test_seeds_make_responses_repeatable_whatever_else_is_in_the_batch(setup):
+    engine, prompts, _ = setup
+    first, again = engine.generate(prompts, requests()), engine.generate(prompts, requests())
+    assert torch.equal(first["responses"], again["responses"])
+    other = engine.generate(prompts, [replace(r, seed=r.seed + 1000) for r in requests()])
+    width = min(first["responses"].shape[1], other["responses"].shape[1])
+    assert not torch.equal(first["responses"][:, :width], other["responses"][:, :width])
+    alone = engine.generate(prompts.rows(torch.tensor([2])), [requests()[2]])
+    width = alone["responses"].shape[1]
+    assert torch.equal(alone["responses"], first["responses"][6:9, :width])
+
+
+def test_requests_of_different_n_and_small_engine_batches_keep_their_order(setup):
+    engine, prompts, _ = setup
+    mixed = [replace(r, n=n) for r, n in zip(requests(), (2, 1, 3, 1), strict=True)]
+    whole = engine.generate(prompts, mixed)
+    assert len(whole) == 7
+    engine.max_batch_size, size = 2, engine.max_batch_size
+    try:
+        assert torch.equal(engine.generate(prompts, mixed)["responses"], whole["responses"])
+    finally:
+        engine.max_batch_size = size
+    three = engine.generate(prompts, requests())
+    width = min(three["responses"].shape[1], whole["responses"].shape[1])
+    assert torch.equal(whole["responses"][3:6, :width], three["responses"][6:9, :width])
+
+
+def test_responses_end_with_the_end_token_and_hold_no_modality_token(setup):
+    engine, prompts, vision = setup
+    out = engine.generate(prompts, requests(n=40, max_tokens=30))
+    lengths = out["response_mask"].sum(1)
+    for ids, length in zip(out["responses"], lengths, strict=True):
+        assert not set(ids[:length].tolist()) & set(vision.special.banned)
+        assert vision.special.eos[0] not in ids[: length - 1].tolist()
+        assert ids[length - 1] == vision.special.eos[0] or length == 30
+        assert (ids[length:] == vision.special.pad).all()
+    assert (lengths < 30).any()
+
+
+def sample_many(sampling: SamplingParams, logits: torch.Tensor, banned=(3,)):
+    sampler = SeededSampler([sampling], torch.tensor(banned), torch.device("cpu"))
+    tokens = sampler(None, logits.expand(sampling.n, -1)).argmax(-1)
+    return tokens, sampler.log_probs[0]
+
+
+def test_sampled_frequencies_are_the_tempered_distribution_without_banned_tokens():
+    logits = torch.tensor([1.0, 0.0, -1.0, 5.0, 0.5])
+    tokens, log_probs = sample_many(replace(PARAMS, n=20_000, temperature=0.8, max_tokens=1), logits)
+    expected = torch.softmax((logits / 0.8).index_fill(0, torch.tensor([3]), float("-inf")), 0)
+    counts = torch.bincount(tokens, minlength=5) / 20_000
+    assert (counts - expected).abs().max() < 4 * 0.5 / 20_000**0.5 and counts[3] == 0
+    torch.testing.assert_close(log_probs, expected.log()[tokens], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "top_k", "kept"), [(0.6, -1, {0, 4}), (1.0, 1, {0}), (0.01, -1, {0}), (0.95, 2, {0, 4})]
+)
+def test_truncated_sampling_keeps_the_nucleus_and_reports_its_own_log_probs(top_p, top_k, kept):
+    logits = torch.tensor([1.0, 0.0, -1.0, 5.0, 0.5])
+    tokens, log_probs = sample_many(replace(PARAMS, n=500, top_p=top_p, top_k=top_k, max_tokens=1), logits)
+    assert set(tokens.tolist()) == kept
+    inside = torch.full((5,), float("-inf"))
+    inside[list(kept)] = logits[list(kept)]
+    torch.testing.assert_close(log_probs, torch.log_softmax(inside, 0)[tokens], atol=1e-6, rtol=0)
+
+
+def test_seeds_follow_from_prompt_and_epoch_and_validation_overrides_change_validation_alone():
+    config = RolloutConfig(n=8, temperature=0.9, seed=1, val_override_config=SamplingOverride(n=4, temperature=0.5))
+    first, second = (train_sampling(config, 9, ["a", "b"], epoch) for epoch in (0, 1))
+    assert len({p.seed for p in first + second}) == 4
+    assert first == train_sampling(config, 9, ["a", "b"], 0)
+    validation = validation_sampling(config, 9, ["a"])[0]
+    assert (validation.n, validation.temperature, validation.top_p) == (4, 0.5, 1.0)
+    assert (first[0].n, first[0].temperature) == (8, 0.9)

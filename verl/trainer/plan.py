@@ -1,0 +1,93 @@
+"""Everything that can be known about a run, and refused, before a worker is started."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from verl.algorithms.advantage import ADVANTAGES
+from verl.algorithms.losses.compose import build_terms
+from verl.algorithms.requirements import Requirements, find_requirements
+from verl.config.config import Config
+from verl.config.sizes import Sizes, compute_sizes
+from verl.config.validate import validate
+from verl.data.collate import PromptCollator
+from verl.data.dataset import PromptDataset
+from verl.data.loader import train_loader, validation_loader
+from verl.data.vision import VisionProcessor
+from verl.single_controller.resources import Layout, plan_layout
+from verl.tracking import TRACKERS
+from verl.workers.reward.manager import RewardManager
+from verl.workers.rollout.engines import ENGINES
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Plan:
+    """Everything that can be known, and refused, before a worker is started."""
+
+    config: Config
+    requirements: Requirements
+    sizes: Sizes
+    layout: Layout
+    vision: VisionProcessor
+    train_loader: StatefulDataLoader
+    val_loader: StatefulDataLoader | None
+    total_steps: int
+
+
+def make_plan(config: Config) -> Plan:
+    """Check the config and open its files. Raises ValueError or FileNotFoundError naming the key, file or row."""
+    requirements = check(config)
+    RewardManager(config.worker.reward)
+    layout = plan_layout(config.trainer, config.worker.rollout.cpu_threads)
+    if layout.device == "cpu":
+        torch.set_num_threads(1)  # the driver's image processing runs beside the workers
+    sizes = compute_sizes(config)
+    logger.info("%s", sizes.in_words())
+    log_requirements(config, requirements)
+    data, model = config.data, config.worker.actor.model
+    vision = VisionProcessor(model.model_path, data.min_pixels, data.max_pixels, model.trust_remote_code)
+    collator = PromptCollator(vision.special.pad)
+    train_data = PromptDataset(data.train_files, "data.train_files", data, vision)
+    train = train_loader(train_data, data.rollout_batch_size, data.shuffle, data.seed, data.num_workers, collator)
+    val = None
+    if data.val_files is not None:
+        val_data = PromptDataset(data.val_files, "data.val_files", data, vision)
+        val = validation_loader(val_data, data.val_batch_size, data.num_workers, collator)
+    total_steps = config.trainer.max_steps or config.trainer.total_epochs * len(train)
+    logger.info("%d steps, %d per epoch", total_steps, len(train))
+    return Plan(config, requirements, sizes, layout, vision, train, val, total_steps)
+
+
+def check(config: Config) -> Requirements:
+    """Check the config and every name in it, and derive which passes the run needs. Raises as `validate` does."""
+    validate(config)
+    ADVANTAGES[config.algorithm.adv_estimator]
+    ENGINES[config.worker.rollout.name]
+    for name in config.trainer.logger:
+        TRACKERS[name]
+    return find_requirements(build_terms(config.algorithm.terms), config.algorithm.views)
+
+
+def log_requirements(config: Config, requirements: Requirements) -> None:
+    """Say which terms and passes a run has, and warn of every term that trains nothing."""
+    logger.info("loss: %s", ", ".join(f"{n} ({t.kind}, coef {t.coef:g})" for n, t in config.algorithm.terms.items()))
+    passes = ["old log-probs"] * requirements.old + ["reference log-probs"] * requirements.reference
+    passes += [f"log-probs of view '{view}' (no gradient)" for view in requirements.stored_views]
+    logger.info("passes before the updates: %s", ", ".join(passes) or "none")
+    for view in requirements.live_views:
+        logger.info("view '%s' has its forward in the update: gradient flows through it", view)
+    for view in sorted(set(config.algorithm.views) - set(requirements.views)):
+        logger.warning("view '%s' is declared and no loss term reads it: it is not computed", view)
+    for name in requirements.inert:
+        logger.warning(
+            "loss term '%s' has coefficient %g and can give no gradient: it reads only stored columns. It trains "
+            "nothing. Set grad=true on its view, or its coefficient to 0 to keep it as a metric",
+            name,
+            config.algorithm.terms[name].coef,
+        )
