@@ -19,7 +19,7 @@ from verl.algorithms.losses.entropy import EntropyTermConfig
 from verl.algorithms.losses.policy import PolicyTermConfig
 from verl.algorithms.losses.ref_kl import RefKLTermConfig
 from verl.config.algorithm import LossAverage, LossTermConfig
-from verl.config.worker import ActorConfig, FSDPConfig, ModelConfig
+from verl.config.worker import ActorConfig, ComputeDtype, FSDPConfig, ModelConfig
 from verl.data.vision import load_special_tokens
 from verl.plugins import load_plugins
 from verl.protocol import DataProto
@@ -60,9 +60,10 @@ def build_actor(
     model_options = {
         k: options.pop(k) for k in ("freeze_vision_tower", "enable_gradient_checkpointing") if k in options
     }
-    config = ActorConfig(**{"max_grad_norm": 1e9, "micro_batch_size_per_device_for_update": 100, **options})
     model_config = ModelConfig(str(model), **{"enable_gradient_checkpointing": False, **model_options})
-    policy = build_sharded(model_config, FSDPConfig(), load_special_tokens(str(model)), config.logits_chunk_size, CPU)
+    fsdp = FSDPConfig(compute_dtype=ComputeDtype(options.pop("compute_dtype", "float32")))
+    config = ActorConfig(**{"max_grad_norm": 1e9, "micro_batch_size_per_device_for_update": 100, **options})
+    policy = build_sharded(model_config, fsdp, load_special_tokens(str(model)), config.logits_chunk_size, CPU)
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=lr)
     return DataParallelActor(
         policy=policy,

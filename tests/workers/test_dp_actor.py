@@ -208,3 +208,13 @@ def test_two_ranks_give_the_gradient_of_one(model, batch, mixed):
         whole, _ = gradient(model, rows)
         for rank in ranks:
             assert_same(rank[i][0], whole)
+
+
+def test_bfloat16_compute_with_float32_weights_is_close_to_float32(model, batch):
+    exact, rounded = build_actor(model), build_actor(model, compute_dtype="bfloat16")
+    reference = compute_log_probs(exact.policy, batch, "masked", 1.0, 8, exact.device)
+    found = compute_log_probs(rounded.policy, batch, "masked", 1.0, 8, rounded.device)
+    assert found.dtype == torch.float32 and 0 < (found - reference).abs().max() < 0.05
+    metrics = rounded.update_policy(batch, 1, temperature=1.0).result()
+    assert metrics["actor/skipped_updates"] == 0
+    assert {w.dtype for w in weights(rounded).values()} == {torch.float32}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,7 @@ class Plan:
 def make_plan(config: Config) -> Plan:
     """Check the config and open its files. Raises ValueError or FileNotFoundError naming the key, file or row."""
     requirements = check(config)
+    make_paths_absolute(config)
     RewardManager(config.worker.reward)
     layout = plan_layout(config.trainer, config.worker.rollout.cpu_threads)
     if layout.device == "cpu":
@@ -62,6 +64,19 @@ def make_plan(config: Config) -> Plan:
     total_steps = config.trainer.max_steps or config.trainer.total_epochs * len(train)
     logger.info("%d steps, %d per epoch", total_steps, len(train))
     return Plan(config, requirements, sizes, layout, vision, train, val, total_steps)
+
+
+def make_paths_absolute(config: Config) -> None:
+    """Replace relative paths that workers open: a worker may start in another folder than the driver."""
+    actor, ref, reward = config.worker.actor.model, config.worker.ref, config.worker.reward
+    actor.model_path = _absolute(actor.model_path)
+    ref.model_path = ref.model_path and _absolute(ref.model_path)
+    reward.reward_function = _absolute(reward.reward_function)
+
+
+def _absolute(path: str) -> str:
+    """`path` as it is, where its part before a colon is no file or folder here (a hub name, or a mistake)."""
+    return os.path.abspath(path) if os.path.exists(path.rpartition(":")[0] or path) else path
 
 
 def check(config: Config) -> Requirements:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import shutil
 import socket
-from typing import Any
-
 import ray
 import torch
 import torch.distributed as dist
@@ -16,18 +12,16 @@ from verl.algorithms.losses.compose import build_terms
 from verl.algorithms.requirements import find_requirements
 from verl.config.config import Config
 from verl.config.worker import FSDPConfig, ModelConfig
-from verl.data.vision import load_processor, load_special_tokens
+from verl.data.vision import load_special_tokens
 from verl.metrics.bag import MetricBag
 from verl.models.loading import resolve_dtype
 from verl.protocol import DataProto
-from verl.utils.files import atomic_path
 from verl.utils.process import start_worker
 from verl.workers.actor.dp_actor import DataParallelActor, compute_log_probs
 from verl.workers.actor.optim import build_optimizer, build_schedule
-from verl.workers.fsdp.wrap import build_sharded, full_state_dict, full_weights
+from verl.workers.fsdp.export import save_huggingface
+from verl.workers.fsdp.wrap import build_sharded, full_weights
 from verl.workers.rollout.weight_sync import ObjectStoreSync
-
-logger = logging.getLogger(__name__)
 
 
 class ModelWorker:
@@ -124,26 +118,4 @@ class ActorWorker(ModelWorker):
 
     def save_huggingface(self, path: str) -> None:
         """Write the policy as an ordinary Hugging Face folder; all ranks call this together, rank 0 writes."""
-        weights = full_state_dict(self.policy)
-        if self.rank != 0:
-            return
-        model = self.config.worker.actor.model
-        dtype = next(iter(weights.values())).dtype
-        with atomic_path(path) as temporary:
-            self.policy.inner.save_pretrained(temporary, state_dict=_without_aliases(self.policy.inner, weights))
-            load_processor(model.model_path, model.trust_remote_code).save_pretrained(temporary)
-            _copy_generation_config(model.model_path, temporary)
-        logger.info("saved the policy (%s) to %s", dtype, path)
-
-
-def _without_aliases(inner: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`weights` without the second name of a tied weight: a file with both cannot be tied again on loading."""
-    tied = inner.all_tied_weights_keys if inner.config.tie_word_embeddings else {}
-    return {name: weight for name, weight in weights.items() if name not in tied}
-
-
-def _copy_generation_config(source: str, target: str) -> None:
-    """Keep the sampling defaults that the model came with (generation's own are reset in the engine only)."""
-    path = os.path.join(source, "generation_config.json")
-    if os.path.isfile(path):
-        shutil.copy(path, target)
+        save_huggingface(self.policy, self.config.worker.actor.model, path)

@@ -70,10 +70,3 @@ def full_weights(policy: PolicyModel) -> Iterator[tuple[str, torch.Tensor]]:
     """
     for name, weight in policy.inner.state_dict().items():
         yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
-
-
-def full_state_dict(policy: PolicyModel) -> dict[str, torch.Tensor]:
-    """All weights on CPU on rank 0, under Hugging Face names; {} on the other ranks."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(policy, options=options)
-    return {name.removeprefix("inner."): weight for name, weight in weights.items()}

@@ -1,0 +1,92 @@
+"""What a run leaves: the folder, the curves, the metrics of a batch."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from verl.config.config import Config
+from verl.protocol import DataProto
+from verl.tracking import TRACKERS
+from verl.tracking.curves import draw_curves
+from verl.trainer.batch_metrics import reward_metrics, rollout_metrics
+from verl.trainer.main import describe
+from verl.trainer.run_dir import RunDir
+
+
+def config(path) -> Config:
+    built = Config()
+    built.trainer.output_dir = str(path)
+    for part, name in (
+        (built.data, "train_files"),
+        (built.worker.actor.model, "model_path"),
+        (built.worker.reward, "reward_function"),
+    ):
+        setattr(part, name, "x")
+    return built
+
+
+def test_earlier_runs_are_moved_aside_and_numbered(tmp_path):
+    for number in range(3):
+        RunDir(config(tmp_path / "run")).write_summary({"number": number})
+    for name, number in (("run", 2), ("run.previous-1", 0), ("run.previous-2", 1)):
+        assert json.loads((tmp_path / name / "summary.json").read_text())["number"] == number
+
+
+def test_jsonl_holds_one_object_per_step(tmp_path):
+    tracker = TRACKERS["jsonl"](str(tmp_path))
+    for step in range(3):
+        tracker.log(step, {"b": step / 2, "a": 1.0})
+    tracker.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": s, "a": 1.0, "b": s / 2} for s in range(3)]
+
+
+def test_console_shows_a_line_per_step(tmp_path, capsys):
+    TRACKERS["console"](str(tmp_path)).log(7, {"train/reward": 0.5, "actor/perception_kl": 0.12345, "x": 1})
+    assert capsys.readouterr().out.split() == ["step", "7", "reward", "0.500", "perc_kl", "0.1235"]
+
+
+@pytest.mark.parametrize("steps", [1, 60])
+def test_curves_are_a_picture_that_changes_with_the_numbers(tmp_path, steps):
+    def picture(value: float) -> bytes:
+        with open(tmp_path / "metrics.jsonl", "w") as file:
+            for step in range(steps + 1):
+                record = {"step": step, "train/reward": value * step, "actor/entropy": 1.0}
+                file.write(json.dumps(record | ({"val/accuracy": value} if step % 25 == 0 else {})) + "\n")
+        draw_curves(str(tmp_path / "metrics.jsonl"), str(tmp_path / "curves.png"))
+        image = Image.open(tmp_path / "curves.png")
+        assert image.size[0] > 600 and image.format == "PNG"
+        return image.tobytes()
+
+    assert picture(0.1) != picture(0.2)
+
+
+def test_metrics_of_rewards_and_of_engine_against_trainer():
+    scores = [{"overall": s, "accuracy": a} for s, a in ((1.0, 1), (0.1, 0), (0.1, 0), (0.1, 0))]
+    metrics = reward_metrics(scores, torch.tensor([0, 0, 1, 1]))
+    assert metrics["train/reward"] == pytest.approx(0.325) and metrics["train/accuracy"] == 0.25
+    assert metrics["train/groups_without_signal"] == 0.5
+    batch = DataProto.from_dict(
+        {
+            "response_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+            "rollout_log_probs": torch.tensor([[-1.0, -2.0, 0.0], [-1.0, -1.0, -1.0]]),
+            "old_log_probs": torch.tensor([[-1.1, -2.0, 9.0], [-1.0, -1.0, -0.6]]),
+        }
+    )
+    metrics = rollout_metrics(batch, max_response_length=3)
+    assert metrics["rollout/log_prob_diff_mean"] == pytest.approx(0.1, abs=1e-6)
+    assert metrics["rollout/log_prob_diff_max"] == pytest.approx(0.4, abs=1e-6)
+    assert metrics["rollout/response_length_mean"] == 2.5 and metrics["rollout/truncated"] == 0.5
+
+
+def test_the_end_of_a_run_in_words(tmp_path):
+    (tmp_path / "summary.json").write_text("{}")
+    lines = describe(
+        {"steps": 3, "seconds": 9.0, "val_accuracy_before": 0.25, "val_accuracy_after": 0.5}, str(tmp_path)
+    )
+    assert lines[1] == "validation accuracy: 25.0% before, 50.0% after (+25.0 points)"
+    assert lines[2].endswith("summary.json") and len(lines) == 3

@@ -1,0 +1,49 @@
+"""Saving and syncing a policy whose head is tied to its embeddings, and one whose head is not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+from tests.fakes.actors import build_actor, process_group, weights
+from tests.fakes.rollouts import make_batch
+from verl.config.worker import ModelConfig
+from verl.data.vision import load_special_tokens
+from verl.workers.actor.dp_actor import compute_log_probs
+from verl.workers.fsdp.export import save_huggingface
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def model(assets, request, tmp_path_factory):
+    if not request.param:
+        return assets / "model"
+    folder = tmp_path_factory.mktemp("tied") / "model"
+    config = AutoModelForImageTextToText.from_pretrained(assets / "model").config
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    AutoProcessor.from_pretrained(assets / "model").save_pretrained(folder)
+    return folder
+
+
+def test_a_trained_policy_loads_in_plain_transformers_with_the_same_log_probs(assets, model, tmp_path):
+    batch = make_batch(assets)
+    with process_group():
+        actor = build_actor(model, lr=0.1)
+        start = compute_log_probs(actor.policy, batch, "", 1.0, 100, actor.device)
+        actor.update_policy(batch, 1, temperature=1.0)
+        trained = compute_log_probs(actor.policy, batch, "", 1.0, 100, actor.device)
+        save_huggingface(actor.policy, ModelConfig(str(model)), str(tmp_path / "saved"))
+        sent = weights(actor)
+    assert (trained - start).abs().max() > 0.01
+    assert load_special_tokens(str(tmp_path / "saved")) == load_special_tokens(str(model))
+    with process_group():
+        again = build_actor(tmp_path / "saved")
+        found = compute_log_probs(again.policy, batch, "", 1.0, 100, again.device)
+    torch.testing.assert_close(found, trained, atol=1e-6, rtol=0)
+
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved").state_dict()
+    assert set(plain) == set(sent)  # an engine gets the head too, tied or not
+    for name, weight in plain.items():
+        torch.testing.assert_close(sent[name], weight)

@@ -1,0 +1,45 @@
+"""A sharded policy as an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from verl.config.worker import ModelConfig
+from verl.data.vision import load_processor
+from verl.models.policy import PolicyModel
+from verl.utils.files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+
+def save_huggingface(policy: PolicyModel, model: ModelConfig, path: str) -> None:
+    """Write weights (float32), config, processor and sampling defaults to `path`, whole or not at all.
+
+    All ranks call this together, since gathering the weights takes all of them; rank 0 writes.
+    """
+    weights = full_state_dict(policy)
+    if dist.get_rank() != 0:
+        return
+    # A file that holds both names of a tied weight cannot be tied again on loading.
+    aliases = policy.inner.all_tied_weights_keys
+    weights = {name: weight for name, weight in weights.items() if name not in aliases}
+    with atomic_path(path) as temporary:
+        policy.inner.save_pretrained(temporary, state_dict=weights)
+        load_processor(model.model_path, model.trust_remote_code).save_pretrained(temporary)
+        defaults = os.path.join(model.model_path, "generation_config.json")
+        if os.path.isfile(defaults):
+            shutil.copy(defaults, temporary)
+    logger.info("saved the policy to %s", path)
+
+
+def full_state_dict(policy: PolicyModel) -> dict[str, torch.Tensor]:
+    """All weights on CPU on rank 0, under Hugging Face names; {} on the other ranks."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(policy, options=options)
+    return {name.removeprefix("inner."): weight for name, weight in weights.items()}
