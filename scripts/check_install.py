@@ -12,9 +12,7 @@ import warnings
 from pathlib import Path
 
 REINSTALL = "run `bash scripts/install.sh`; if that does not help, delete .venv first"
-CHECKOUT = (
-    "the code of this checkout is incomplete or has an error; see it with .venv/bin/python -c 'import {}'"
-)
+CHECKOUT = "the code of this checkout is incomplete or has an error; see it with .venv/bin/python -c 'import {}'"
 
 # (module, names that must be in it, what it is for, what to do)
 REQUIRED = [
@@ -34,7 +32,7 @@ REQUIRED = [
     ("torchdata.stateful_dataloader", ["StatefulDataLoader"], "data loading with resume", REINSTALL),
     ("datasets", [], "data sets", REINSTALL),
     ("math_verify", [], "checking mathematical answers", REINSTALL),
-    ("mathruler", [], "checking mathematical answers", REINSTALL),
+    ("mathruler.grader", [], "checking mathematical answers", REINSTALL),
     ("sklearn", [], "the quickstart's images", REINSTALL),
     ("matplotlib", [], "plots", REINSTALL),
     ("verl", [], "this repository", CHECKOUT.format("verl")),

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Trains a tiny vision-language model with reinforcement learning, start to end, on a CPU or a GPU:
 #
-#   bash scripts/quickstart.sh [hydra overrides, e.g. trainer.total_training_steps=5]
+#   bash scripts/quickstart.sh [hydra overrides, e.g. trainer.max_steps=5]
 #
 # Installs where needed, makes images and a warm-started model under outputs/quickstart_assets (kept and
-# used again by the next run), then trains with verl/trainer/config/quickstart.yaml.
+# used again by the next run), then trains with configs/quickstart.yaml.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/install.sh

@@ -1,0 +1,51 @@
+"""Folders that are either complete and described by their settings, or absent.
+
+A folder is written under a temporary name and renamed when it is whole, so an interrupted run leaves no
+half-written data behind. The settings that made it lie next to its files; equal settings mean it is reused.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_FILE = "quickstart_settings.json"
+
+
+def is_current(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether `folder` is complete and was made with exactly these settings (anything JSON can hold)."""
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        return False
+    return json.loads(path.read_text()) == json.loads(json.dumps(settings))
+
+
+@contextmanager
+def new_folder(final: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
+    """Give a temporary folder to fill; it takes the place of `final` when the block ends without an error.
+
+    Raises:
+        ValueError: `final` holds files that the quickstart did not make. They are never deleted.
+    """
+    if final.is_dir() and any(final.iterdir()) and not (final / SETTINGS_FILE).is_file():
+        raise ValueError(f"{final} holds files that the quickstart did not make: give another folder or empty it.")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    outdated = temporary.with_suffix(".old")
+    temporary.mkdir()
+    try:
+        yield temporary
+        (temporary / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+        if final.exists():
+            logger.info("Replacing %s, which was made with other settings.", final)
+            final.rename(outdated)
+        temporary.rename(final)
+    finally:
+        for leftover in (temporary, outdated):
+            shutil.rmtree(leftover, ignore_errors=True)
