@@ -37,7 +37,7 @@ class WarmStartSettings:
     """When to stop: how fast a run learns to read depends on the machine's rounding, the loss at which it reads
     a third of the sums does not. So the loss decides, and `final_steps` more let the learning rate fall."""
 
-    target_loss: float = 0.35  # nats per response token, mean over the last steps
+    target_loss: float = 0.32  # nats per response token, mean over the last steps
     final_steps: int = 30
     max_steps: int = 500
     batch_size: int = 64  # responses per optimizer step

@@ -193,6 +193,21 @@ def test_loader_shuffles_by_seed_and_epoch_and_resumes_in_the_middle(tmp_path, v
     assert head + [list(b["answer"]) for b in resumed] == first
 
 
+def test_loader_processes_give_the_same_batches(tmp_path, vision):
+    data = dataset(write_parquet(tmp_path / "a.parquet", [row(answer=str(i)) for i in range(9)]), vision)
+    collator = PromptCollator(vision.special.pad)
+    here, beside = (list(train_loader(data, 4, True, 1, workers, collator)) for workers in (0, 2))
+    for first, second in zip(here, beside, strict=True):
+        assert first["uid"].tolist() == second["uid"].tolist()
+        assert torch.equal(first["prompt_ids"], second["prompt_ids"])
+        assert torch.equal(first["mm_inputs"][0]["pixel_values"], second["mm_inputs"][0]["pixel_values"])
+
+
+def test_a_name_that_neither_disk_nor_hub_knows_is_named(vision):
+    with pytest.raises(ValueError, match="data.train_files='someone/nothing@train' is no file or folder here"):
+        dataset("someone/nothing@train", vision)
+
+
 def test_fewer_prompts_than_a_step_are_refused(tmp_path, vision):
     with pytest.raises(ValueError, match="has 2 prompts, fewer than one step takes .data.rollout_batch_size=4."):
         loader_of(vision, write_parquet(tmp_path / "a.parquet", [row(), row()]))

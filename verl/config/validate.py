@@ -32,7 +32,7 @@ POSITIVE = (
 
 
 def validate(config: Config) -> None:
-    """Check what no single dataclass can: before anything is built, and without looking outside the config and its files.
+    """Check what no single dataclass can, before anything is built.
 
     Raises:
         ValueError: names the key, its value and the way out.

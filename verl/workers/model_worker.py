@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+
 import ray
 import torch
 import torch.distributed as dist
