@@ -29,8 +29,9 @@ def load_plugins() -> None:
         if entry_point.value not in _loaded:
             _loaded.add(entry_point.value)
             entry_point.load()()
-    for path in filter(None, os.environ.get(ENVIRONMENT_VARIABLE, "").split(",")):
-        path = os.path.abspath(path.strip())
+    paths = [os.path.abspath(p.strip()) for p in os.environ.get(ENVIRONMENT_VARIABLE, "").split(",") if p.strip()]
+    os.environ[ENVIRONMENT_VARIABLE] = ",".join(paths)  # workers may start in another folder
+    for path in paths:
         if path not in _loaded:
             _loaded.add(path)
             import_file(path, named_by=f"the environment variable {ENVIRONMENT_VARIABLE}")

@@ -25,11 +25,8 @@ class Registry(Generic[T]):
         """Decorator that adds its argument under `name`. Raises ValueError if the name is taken."""
 
         def add(entry: T) -> T:
-            known = self._entries.get(name)
-            # A module may be executed twice under two names (a plugin file and its import); the same
-            # definition again is harmless, another one under a taken name is not.
-            if known is not None and getattr(known, "__qualname__", known) != getattr(entry, "__qualname__", entry):
-                raise ValueError(f"{self.what} '{name}' is registered already, by {known!r}")
+            if name in self._entries:
+                raise ValueError(f"{self.what} '{name}' is registered already, as {self._entries[name]!r}")
             self._entries[name] = entry
             return entry
 

@@ -5,15 +5,13 @@ half-written data behind. The settings that made it lie next to its files; equal
 """
 
 import json
-import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from verl.utils.files import atomic_path
 
 SETTINGS_FILE = "quickstart_settings.json"
 
@@ -35,17 +33,7 @@ def new_folder(final: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
     """
     if final.is_dir() and any(final.iterdir()) and not (final / SETTINGS_FILE).is_file():
         raise ValueError(f"{final} holds files that the quickstart did not make: give another folder or empty it.")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    outdated = temporary.with_suffix(".old")
-    temporary.mkdir()
-    try:
-        yield temporary
-        (temporary / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-        if final.exists():
-            logger.info("Replacing %s, which was made with other settings.", final)
-            final.rename(outdated)
-        temporary.rename(final)
-    finally:
-        for leftover in (temporary, outdated):
-            shutil.rmtree(leftover, ignore_errors=True)
+    with atomic_path(str(final)) as temporary:
+        os.mkdir(temporary)
+        yield Path(temporary)
+        (Path(temporary) / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")

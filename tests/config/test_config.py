@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.fakes.readme import readme_term
 from verl.config.compose import compose_config, presets
 from verl.config.config import Config
 from verl.config.sizes import compute_sizes
@@ -129,8 +129,7 @@ def test_a_mistyped_template_is_named():
 
 def test_a_loss_term_in_a_users_file_is_ten_lines(tmp_path, monkeypatch):
     """The README's example, as it stands there."""
-    readme = (REPOSITORY / "README.md").read_text()
-    source = readme.split("```python\n# my_terms.py\n")[1].split("```")[0]
+    source = readme_term()
     (tmp_path / "my_terms.py").write_text(source)
     monkeypatch.setenv("VERL_PLUGINS", str(tmp_path / "my_terms.py"))
     config = preset("papo_grpo", "+term@algorithm.terms.confident=confidence", "algorithm.terms.confident.coef=0.1")

@@ -115,6 +115,8 @@ def test_an_image_token_written_into_the_text_is_refused(tmp_path, vision):
 def test_an_empty_problem_names_file_and_row(tmp_path, vision):
     with pytest.raises(ValueError, match="a.parquet', row 1: column 'problem' is empty"):
         dataset(write_parquet(tmp_path / "a.parquet", [row(), row("  ", images=0)]), vision)
+    with pytest.raises(ValueError, match="a.parquet', row 1: column 'answer' is empty"):
+        dataset(write_parquet(tmp_path / "a.parquet", [row(), row(answer=None)]), vision)
 
 
 @pytest.mark.parametrize("reference", ["/nowhere/train.parquet", "./nowhere", "nowhere.jsonl", "a/b/c"])
@@ -141,6 +143,8 @@ def test_a_broken_image_names_its_row(tmp_path, vision):
     path = write_parquet(tmp_path / "a.parquet", [row(), bad])
     with pytest.raises(ValueError, match="a.parquet', row 1: an image of 8 bytes cannot be decoded"):
         dataset(path, vision, filter_overlong_prompts=False)[1]
+    with pytest.raises(ValueError, match="a.parquet', row 1: cannot identify image"):
+        dataset(path, vision)
 
 
 def test_overlong_prompts_are_dropped_with_a_report_or_refused(tmp_path, vision, caplog):

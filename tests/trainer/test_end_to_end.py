@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import REPOSITORY
+from tests.fakes.readme import readme_term
 
 TIMINGS = ("timing_s/", "perf/")
 
@@ -20,7 +21,7 @@ def command(*overrides: str) -> list[str]:
     return [sys.executable, "-m", "verl.trainer.main", "--config-name", "quickstart", *overrides]
 
 
-def start(assets: Path, output: Path, *overrides: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+def start(assets: Path, output: Path, *overrides: str, env: dict | None = None) -> subprocess.CompletedProcess[str]:
     paths = [
         f"data.train_files={assets / 'train.parquet'}",
         f"data.val_files={assets / 'val.parquet'}",
@@ -33,14 +34,14 @@ def start(assets: Path, output: Path, *overrides: str, timeout: float = 600) -> 
         "worker.rollout.n=3",
         "trainer.max_steps=2",
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}
     return subprocess.run(
         command(*paths, *sizes, *overrides),
         cwd=REPOSITORY,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=600,
     )
 
 
@@ -77,7 +78,7 @@ def test_metrics_of_each_step(finished):
         assert set(names.split()) <= set(record)
         # The second step's responses come from synced weights: engine and trainer still agree.
         assert record["rollout/log_prob_diff_max"] < 1e-4 and record["actor/first_log_ratio_max"] < 1e-4
-        assert record["actor/skipped_updates"] == 0
+        assert record["actor/skipped_frac"] == 0
     assert "val/accuracy" in before and "val/accuracy" in second
     assert first["actor/ref_kl"] < second["actor/ref_kl"]
     assert len(records(output / "samples.jsonl")) == 5 * 4
@@ -127,11 +128,34 @@ def test_the_same_seed_gives_the_same_numbers_and_an_earlier_run_is_kept(finishe
     ],
 )
 def test_mistyped_paths_stop_the_command_at_once_with_one_clear_line(assets, tmp_path, override, named):
-    done = start(assets, tmp_path / "out", override, timeout=120)
+    done = start(assets, tmp_path / "out", override)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and named in last
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_detached_view_no_reference_one_rank_and_a_term_from_a_users_file(assets, tmp_path):
+    """The other way through the passes, with the README's own loss term."""
+    (tmp_path / "my_terms.py").write_text(readme_term())
+    overrides = ["algorithm.views.masked.grad=false", "~term@algorithm.terms.ref_kl", "trainer.n_gpus_per_node=1"]
+    overrides += ["+term@algorithm.terms.confident=confidence", "algorithm.terms.confident.coef=0.1"]
+    off = [
+        "trainer.val_before_train=false",
+        "trainer.val_after_train=false",
+        "trainer.val_freq=0",
+        "data.val_files=null",
+    ]
+    environment = {"VERL_PLUGINS": str(tmp_path / "my_terms.py")}
+    done = start(assets, tmp_path / "out", *overrides, *off, "trainer.save_model=false", env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = records(tmp_path / "out" / "metrics.jsonl")
+    assert 0 < first["actor/confident"] < 1 and first["actor/pull/confident"] > 0
+    assert "actor/ref_kl" not in first and "timing_s/ref_log_probs" not in first
+    assert first["timing_s/masked_log_probs"] > 0 and first["actor/perception_kl"] > 0
+    assert "loss term 'masked_entropy' has coefficient 0.01 and can give no gradient" in done.stderr
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert set(summary) == {"steps", "seconds", "seed"} and not (tmp_path / "out" / "model").exists()
 
 
 def test_a_preset_that_does_not_exist_and_the_whole_config():

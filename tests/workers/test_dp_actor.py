@@ -188,7 +188,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_blamed_on_its_term(model, 
     with caplog.at_level(logging.ERROR):
         metrics = actor.update_policy(broken, 1, temperature=1.0).result()
     assert "SKIPPED" in caplog.text and "Loss terms at fault: ref_kl" in caplog.text
-    assert metrics["actor/skipped_updates"] == 1 and metrics["actor/nonfinite/ref_kl"] == 1
+    assert metrics["actor/skipped_frac"] == 1 and metrics["actor/nonfinite/ref_kl"] == 1
     assert all(torch.equal(before[n], w) for n, w in weights(actor).items())
     actor.update_policy(batch, 1, temperature=1.0)  # a healthy one in between starts the count anew
     actor.update_policy(broken, 1, temperature=1.0)
@@ -216,5 +216,5 @@ def test_bfloat16_compute_with_float32_weights_is_close_to_float32(model, batch)
     found = compute_log_probs(rounded.policy, batch, "masked", 1.0, 8, rounded.device)
     assert found.dtype == torch.float32 and 0 < (found - reference).abs().max() < 0.05
     metrics = rounded.update_policy(batch, 1, temperature=1.0).result()
-    assert metrics["actor/skipped_updates"] == 0
+    assert metrics["actor/skipped_frac"] == 0
     assert {w.dtype for w in weights(rounded).values()} == {torch.float32}

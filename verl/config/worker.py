@@ -115,7 +115,7 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = -1
     seed: int = II("trainer.seed")
-    max_batch_size: int = 512
+    max_batch_size: int = 64
     sync_bucket_mb: int = 256
     cpu_threads: int | None = None
     val_override_config: SamplingOverride = field(default_factory=SamplingOverride)

@@ -36,7 +36,7 @@ class PromptDataset(Dataset):
         self.rows = open_rows(reference, key, config.image_key)
         self._check_columns(key)
         self.template = load_template(config.format_prompt)
-        self._check_markers()
+        self._check_rows()
         self.indices = list(range(len(self.rows.dataset)))
         if config.filter_overlong_prompts:
             self.indices = filter_overlong(self)
@@ -91,11 +91,14 @@ class PromptDataset(Dataset):
                     f"{key}: no column '{column}' (data.{option}) in {self.rows.sources[0][0]}; columns: {columns}"
                 )
 
-    def _check_markers(self) -> None:
-        """Markers in the text against images, for every row, without decoding an image."""
+    def _check_rows(self) -> None:
+        """Texts, answers, and markers against images, of every row, without decoding an image."""
         # The arrow table is read column by column; a filter or shuffle would be lost, and there is none yet.
         table = self.rows.dataset.data
         problems = table.column(self.config.prompt_key)
+        answers = pc.is_valid(table.column(self.config.answer_key)).to_pylist()
+        if not all(answers):
+            raise ValueError(f"{self.where(answers.index(False))}: column '{self.config.answer_key}' is empty")
         images = table.column(self.config.image_key) if self.config.image_key in table.column_names else None
         if images is None:
             counts = [0] * len(problems)
@@ -105,7 +108,7 @@ class PromptDataset(Dataset):
             counts = [int(valid) for valid in pc.is_valid(images).to_pylist()]
         for index, (problem, count) in enumerate(zip(problems.to_pylist(), counts, strict=True)):
             if not isinstance(problem, str) or not problem.strip():
-                raise ValueError(f"{self.where(index)}: column '{self.config.prompt_key}' is empty")
+                raise ValueError(f"{self.where(index)}: column '{self.config.prompt_key}' is empty or no text")
             markers = problem.count(IMAGE_MARKER)
             if markers != count:
                 raise ValueError(

@@ -61,7 +61,7 @@ def _open_one(reference: str, key: str) -> list[tuple[str, Dataset]]:
         if not files:
             raise FileNotFoundError(f"{key}: the folder '{path}' has no {', '.join(LOADERS)} file ('{reference}')")
         return [(file, _load_file(file, key)) for file in files]
-    if _suffix(path) or path.startswith(("/", ".", "~")) or path.count("/") > 1:
+    if _suffix(path) in LOADERS or path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise FileNotFoundError(f"{key}: there is no file or folder '{os.path.abspath(path)}'")
     try:
         return [(path, load_dataset(path, split=split))]

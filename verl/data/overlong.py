@@ -19,12 +19,15 @@ logger = logging.getLogger(__name__)
 def filter_overlong(dataset: PromptDataset) -> list[int]:
     """Indices of the rows whose prompt has at most `data.max_prompt_length` tokens; what is dropped is logged.
 
-    Raises ValueError where no row is left.
+    Raises ValueError where no row is left, or for an image without a readable header, naming file and row.
     """
     limit = dataset.config.max_prompt_length
     kept, dropped = [], []
     for index in tqdm(dataset.indices, desc="counting prompt tokens", unit="row", leave=False):
-        length = prompt_length(dataset, dataset.rows.dataset[index])
+        try:
+            length = prompt_length(dataset, dataset.rows.dataset[index])
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{dataset.where(index)}: {error}") from error
         (kept if length <= limit else dropped).append(index)
     if dropped:
         examples = "; ".join(dataset.where(index) for index in dropped[:3])
@@ -51,7 +54,7 @@ def prompt_length(dataset: PromptDataset, row: dict[str, Any]) -> int:
 
 
 def image_size(image: Any, image_dir: str | None) -> tuple[int, int]:
-    """(width, height) in pixels, from the file's header. (0, 0) never: what is no image raises when it is loaded."""
+    """(width, height) in pixels, from the file's header. Raises OSError where that is none."""
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, Image.Image):

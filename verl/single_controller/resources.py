@@ -81,7 +81,11 @@ def start_ray(layout: Layout) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    runtime_env = {"env_vars": {**passed_on, "TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0"}}
+    runtime_env = {
+        "env_vars": {**passed_on, "TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0"},
+        # Before a worker unpickles anything: a config may hold classes that only a plugin defines.
+        "worker_process_setup_hook": "verl.plugins.load_plugins",
+    }
     options = {"logging_level": logging.ERROR, "runtime_env": runtime_env}
     if not os.environ.get("RAY_ADDRESS"):
         options |= {"include_dashboard": False, "num_cpus": max(usable_cores(), 1)}

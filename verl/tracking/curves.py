@@ -57,7 +57,7 @@ def draw_curves(metrics_path: str, picture_path: str) -> None:
 
 def _draw_line(axis: Any, records: list[dict[str, float]], metric: str, label: str) -> None:
     """Few points as they are, many as a running mean over a faint raw line."""
-    points = [(record["step"], record[metric]) for record in records if metric in record]
+    points = [(record["step"], record[metric]) for record in records if record.get(metric) is not None]
     if not points:
         return
     steps, values = zip(*points, strict=True)

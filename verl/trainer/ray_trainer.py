@@ -59,12 +59,12 @@ class RayTrainer:
         return summary
 
     def _train(self) -> dict[str, float]:
-        """All steps; returns val_accuracy_before and val_accuracy_after, as far as they were measured."""
+        """All steps; returns val_accuracy_before and val_accuracy_after (and the same of the reward), as measured."""
         validations = {}
         if self.trainer.val_before_train:
             metrics = self._validate(0)
             self._log(0, metrics)
-            validations["val_accuracy_before"] = metrics["val/accuracy"]
+            validations |= _for_summary(metrics, "before")
         steps = tqdm(self._prompts(), total=self.plan.total_steps, desc="training", unit="step", smoothing=0.1)
         for step, (epoch, prompts) in enumerate(steps, start=1):
             result = run_step(self.run, prompts, epoch)
@@ -75,7 +75,7 @@ class RayTrainer:
                 result.metrics.update(self._validate(step))
             self._log(step, result.metrics)
         if self.trainer.val_after_train:
-            validations["val_accuracy_after"] = result.metrics["val/accuracy"]
+            validations |= _for_summary(result.metrics, "after")
         return validations
 
     def _prompts(self) -> Iterator[tuple[int, DataProto]]:
@@ -98,3 +98,8 @@ class RayTrainer:
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         for tracker in self.trackers:
             tracker.log(step, metrics)
+
+
+def _for_summary(metrics: dict[str, float], when: str) -> dict[str, float]:
+    """Accuracy and reward of a validation. A reward function need not have a component `accuracy`."""
+    return {f"val_{name}_{when}": metrics[f"val/{name}"] for name in ("accuracy", "reward") if f"val/{name}" in metrics}

@@ -6,22 +6,24 @@ import logging
 import os
 import warnings
 
-import torch
-
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-def start_worker(role: str, threads: int) -> None:
-    """Set up logging and the number of compute threads of a worker process, and load plugins.
+def start_logging(role: str) -> None:
+    """Let a worker process say who it is when it has something to say."""
+    logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s {role} %(levelname)s %(name)s: %(message)s")
+
+
+def start_model_worker(role: str, threads: int) -> None:
+    """Set up logging and the number of compute threads of a process with a model.
 
     More threads in sum than cores make every process wait for the others, by an order of magnitude.
     """
-    from verl.plugins import load_plugins
+    import torch
 
-    logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s {role} %(levelname)s %(name)s: %(message)s")
+    start_logging(role)
     quiet_libraries()
     torch.set_num_threads(threads)
-    load_plugins()
 
 
 def quiet_libraries() -> None:

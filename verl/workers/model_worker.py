@@ -17,7 +17,7 @@ from verl.data.vision import load_special_tokens
 from verl.metrics.bag import MetricBag
 from verl.models.loading import resolve_dtype
 from verl.protocol import DataProto
-from verl.utils.process import start_worker
+from verl.utils.process import start_model_worker
 from verl.workers.actor.dp_actor import DataParallelActor, compute_log_probs
 from verl.workers.actor.optim import build_optimizer, build_schedule
 from verl.workers.fsdp.export import save_huggingface
@@ -29,7 +29,7 @@ class ModelWorker:
     """One rank: joins the others' process group and holds one shard of a policy."""
 
     def __init__(self, role: str, config: Config, rank: int, world_size: int, device_type: str, threads: int) -> None:
-        start_worker(f"{role}[{rank}]", threads)
+        start_model_worker(f"{role}[{rank}]", threads)
         self.config = config
         self.rank = rank
         self.world_size = world_size

@@ -159,7 +159,7 @@ class DataParallelActor:
         for name in self.nonfinite_terms:
             metrics.add(f"actor/nonfinite/{name}", 1)
         self.nonfinite_terms.clear()
-        metrics.add("actor/skipped_updates", not healthy)
+        metrics.add("actor/skipped_frac", not healthy)
         self.optimizer.zero_grad()
         if self.skipped_in_a_row >= self.config.max_skipped_updates:
             raise RuntimeError(

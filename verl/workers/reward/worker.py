@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from verl.config.worker import RewardConfig
-from verl.utils.process import start_worker
+from verl.utils.process import start_logging
 from verl.workers.reward.manager import RewardInput, RewardManager, RewardScore
 
 
 class RewardWorker:
     def __init__(self, config: RewardConfig) -> None:
-        start_worker("reward", threads=1)
+        start_logging("reward")
         self.manager = RewardManager(config)
 
     def score(self, inputs: list[RewardInput]) -> list[RewardScore]:

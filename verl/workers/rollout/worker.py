@@ -8,7 +8,7 @@ import torch
 from verl.config.config import Config
 from verl.data.vision import load_special_tokens
 from verl.protocol import DataProto
-from verl.utils.process import start_worker
+from verl.utils.process import start_model_worker
 from verl.workers.rollout.base import SamplingParams
 from verl.workers.rollout.engines import ENGINES
 from verl.workers.rollout.weight_sync import ObjectStoreSync
@@ -18,7 +18,7 @@ class RolloutWorker:
     """Hosts the engine named by `worker.rollout.name`; `version` counts the weight syncs it has taken."""
 
     def __init__(self, config: Config, device_type: str, threads: int) -> None:
-        start_worker("rollout", threads)
+        start_model_worker("rollout", threads)
         model = config.worker.actor.model
         special = load_special_tokens(model.model_path, model.trust_remote_code)
         device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
