@@ -48,7 +48,6 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["verl", "verl.*", "papo", "papo.*"]),
-    package_data={name: ["**/*.yaml", "**/*.json", "**/*.jinja"] for name in ("verl", "papo")},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={"verl.plugins": ["papo = papo.plugin:register"]},

@@ -91,6 +91,8 @@ def test_what_does_not_compose_names_the_key(override, message):
 def test_unknown_presets_and_missing_values_are_named():
     with pytest.raises(ValueError, match="no preset 'papo_gpro'.*papo_grpo"):
         preset("papo_gpro")
+    with pytest.raises(ValueError, match="no preset 'grpo' in /nowhere; there are: none"):
+        compose_config("grpo", config_dir="/nowhere")
     with pytest.raises(ValueError, match="need a value: data.train_files, worker.actor.model.model_path"):
         compose_config("grpo", ["data.val_files=b"])
 

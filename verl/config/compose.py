@@ -18,7 +18,9 @@ CONFIG_DIR = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..",
 
 
 def presets(config_dir: str = CONFIG_DIR) -> list[str]:
-    """Names of the presets in `config_dir`."""
+    """Names of the presets in `config_dir`; none where there is no such folder."""
+    if not os.path.isdir(config_dir):
+        return []
     return sorted(file.removesuffix(".yaml") for file in os.listdir(config_dir) if file.endswith(".yaml"))
 
 
@@ -33,7 +35,10 @@ def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str = C
     load_plugins()
     store_schema()
     if name not in presets(config_dir):
-        raise ValueError(f"there is no preset '{name}' in {config_dir}; there are: {', '.join(presets(config_dir))}")
+        known = (
+            ", ".join(presets(config_dir)) or "none; verl is installed in place (scripts/install.sh), or --config-dir"
+        )
+        raise ValueError(f"there is no preset '{name}' in {config_dir}; there are: {known}")
     try:
         with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
             return to_config(compose(name, overrides=list(overrides)))

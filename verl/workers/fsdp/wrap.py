@@ -59,8 +59,8 @@ def shard(policy: PolicyModel, mesh: DeviceMesh, config: FSDPConfig) -> None:
         if type(module).__name__ in block_names:
             if sum(p.numel() for p in module.parameters()) >= config.min_block_params:
                 fully_shard(module, **options)
-    # The root too is resharded as configured, against FSDP's own default: a pass without backward would leave
-    # its gathered weights behind, and the forward after the next update would read them.
+    # The root too is resharded as configured: FSDP's own default would leave its gathered weights in memory
+    # behind every pass without backward.
     fully_shard(policy, **options)
 
 
