@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,10 +12,12 @@ from PIL import Image
 from verl.columns import view_column
 from verl.config.algorithm import ViewConfig
 from verl.config.store import store_option
-from verl.data.vision import VisionProcessor
 from verl.protocol import DataProto
 from verl.registry import Registry
 from verl.utils.seeding import derive_seed
+
+if TYPE_CHECKING:  # a plugin that registers a view should not pay for importing transformers
+    from verl.data.vision import VisionProcessor
 
 # (RGB image, random generator, options) -> RGB image of the same size
 ViewFunction = Callable[[Image.Image, np.random.Generator, Any], Image.Image]
