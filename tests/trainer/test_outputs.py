@@ -36,6 +36,13 @@ def test_earlier_runs_are_moved_aside_and_numbered(tmp_path):
         assert json.loads((tmp_path / name / "summary.json").read_text())["number"] == number
 
 
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="trainer.output_dir='.*' holds files that are not a run's: name another"):
+        RunDir(config(tmp_path))
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
 def test_jsonl_holds_one_object_per_step(tmp_path):
     tracker = TRACKERS["jsonl"](str(tmp_path))
     for step in range(3):

@@ -28,11 +28,10 @@ def main(arguments: list[str] | None = None) -> None:
         if options.print_config:
             sys.stdout.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
             return
-        plan = make_plan(config)
+        trainer = RayTrainer(make_plan(config))
     except (ValueError, FileNotFoundError) as error:
         logger.debug("where it was found", exc_info=True)
         sys.exit(f"error: {error}")
-    trainer = RayTrainer(plan)
     summary = trainer.fit()
     for line in describe(summary, trainer.run_dir.path):
         logger.info(line)

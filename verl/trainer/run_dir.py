@@ -17,11 +17,16 @@ logger = logging.getLogger(__name__)
 
 
 class RunDir:
-    """`trainer.output_dir`. An earlier run found there is moved aside, never mixed into or overwritten."""
+    """`trainer.output_dir`. An earlier run found there is moved aside, never mixed into or overwritten.
+
+    Raises ValueError for a folder that holds anything else.
+    """
 
     def __init__(self, config: Config) -> None:
         self.path = os.path.abspath(config.trainer.output_dir)
         if os.path.exists(self.path) and (not os.path.isdir(self.path) or os.listdir(self.path)):
+            if not os.path.isfile(self.file("config.yaml")):
+                raise ValueError(f"trainer.output_dir='{self.path}' holds files that are not a run's: name another")
             aside = _free_name(self.path)
             os.rename(self.path, aside)
             logger.info("an earlier run in %s was moved to %s", self.path, aside)
