@@ -89,11 +89,6 @@ def build_model(out_dir: str | Path, corpus_texts: Iterable[str], seed: int = 0)
     return out_dir
 
 
-def modality_token_ids(tokenizer: Qwen2Tokenizer) -> list[int]:
-    """Return the ids that a response must never hold: the model would look for image features behind them."""
-    return tokenizer.convert_tokens_to_ids([VISION_START, VISION_END, "<|vision_pad|>", IMAGE_PAD, VIDEO_PAD])
-
-
 def _tokenizer(corpus: list[str]) -> Qwen2Tokenizer:
     """Learn a byte-level BPE; splitting, merging and special tokens work as in Qwen's own tokenizer."""
     bpe = Tokenizer(models.BPE())
