@@ -1,7 +1,7 @@
 """Supervised warm start: the tiny model learns the response format and to read digits, though not well.
 
 Reinforcement learning needs a start that is sometimes right and still explores. A start trained to near zero loss
-repeats its own mistakes and learns nothing more, so this stops early, at a third of the sums or so.
+repeats its own mistakes and learns nothing more, so this stops early, at half of the sums or so.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LOSS_WINDOW = 10  # steps
 @dataclass(frozen=True)
 class WarmStartSettings:
     """When to stop: how fast a run learns to read depends on the machine's rounding, the loss at which it reads
-    a third of the sums does not. So the loss decides, and `final_steps` more let the learning rate fall."""
+    half of the sums does not. So the loss decides, and `final_steps` more let the learning rate fall."""
 
     target_loss: float = 0.32  # nats per response token, mean over the last steps
     final_steps: int = 30
