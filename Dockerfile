@@ -16,7 +16,7 @@ ENV PATH=/app/.venv/bin:$PATH
 
 FROM base AS gpu
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-RUN --mount=type=cache,target=/home/papo/.cache,uid=1000,gid=1000 bash scripts/install.sh
+RUN --mount=type=cache,target=/home/papo/.cache,uid=1000,gid=1000 bash scripts/install.sh vllm
 CMD ["bash"]
 
 FROM base AS cpu

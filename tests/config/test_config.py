@@ -11,6 +11,7 @@ from verl.config.compose import compose_config, presets
 from verl.config.config import Config
 from verl.config.sizes import compute_sizes
 from verl.trainer.plan import check, log_requirements
+from verl.workers.rollout import engines
 
 PATHS = ["data.train_files=a.parquet", "data.val_files=b.parquet", "worker.actor.model.model_path=somewhere"]
 
@@ -93,7 +94,7 @@ def test_unknown_presets_and_missing_values_are_named():
         preset("papo_gpro")
     with pytest.raises(ValueError, match="no preset 'grpo' in /nowhere; there are: none"):
         compose_config("grpo", config_dir="/nowhere")
-    with pytest.raises(ValueError, match="need a value: data.train_files, worker.actor.model.model_path"):
+    with pytest.raises(ValueError, match="need a value: worker.actor.model.model_path"):
         compose_config("grpo", ["data.val_files=b"])
 
 
@@ -109,6 +110,18 @@ def test_unknown_presets_and_missing_values_are_named():
         (["worker.actor.micro_batch_size_per_device_for_update=0"], "for_update=0: a value above 0"),
         (["data.min_pixels=9", "data.max_pixels=8"], "data.min_pixels=9 is above data.max_pixels=8"),
         (["data.val_files=null"], "data.val_files is not set"),
+        (["data.val_files=null", "trainer.val_only=true"], "data.val_files is not set, and trainer.val_only"),
+        (["data.train_files=null"], "data.train_files is not set"),
+        (["worker.rollout.name=sglang"], "unknown rollout engine .* 'sglang'; known: hf, vllm"),
+        (["worker.rollout.name=hf", "worker.rollout.tensor_parallel_size=2"], "the engine hf runs on one GPU"),
+        (["worker.rollout.val_override_config.top_p=0"], "val_override_config.top_p=0"),
+        (["worker.rollout.val_override_config.temperature=-1"], "val_override_config.temperature: 0 "),
+        (["worker.rollout.val_override_config.n=0"], "val_override_config.n=0"),
+        (["worker.rollout.gpu_memory_utilization=1.2"], "gpu_memory_utilization=1.2"),
+        (["worker.rollout.limit_images=-1"], "limit_images=-1"),
+        (["worker.rollout.data_parallel_size=0"], "data_parallel_size=0"),
+        (["worker.rollout.max_model_len=6143"], "max_model_len=6143 is below .* = 6144"),
+        (["worker.rollout.max_failures=0"], "max_failures=0"),
         (["algorithm.adv_estimator=gae"], "unknown advantage estimator 'gae'"),
         (["algorithm.terms.perception_kl.coef=-0.01"], "algorithm.terms.perception_kl.coef=-0.01"),
         (["algorithm.terms.perception_kl.view=blurred"], "reads the column 'blurred_log_probs'"),
@@ -143,3 +156,18 @@ def test_a_plugin_file_that_does_not_exist_is_named(monkeypatch):
     monkeypatch.setenv("VERL_PLUGINS", "/nowhere/terms.py")
     with pytest.raises(FileNotFoundError, match="VERL_PLUGINS names '/nowhere/terms.py'"):
         preset()
+
+
+def test_validation_alone_needs_no_training_data():
+    check(preset("papo_grpo", "data.train_files=null", "trainer.val_only=true"))
+
+
+def test_the_engine_is_vllm_where_it_is_installed_and_a_missing_one_is_refused(caplog, monkeypatch):
+    for installed, name in ((True, "vllm"), (False, "hf")):
+        monkeypatch.setattr(engines, "is_installed", lambda installed=installed: installed)
+        config = preset("papo_grpo")
+        with caplog.at_level(logging.INFO, logger="verl"):
+            check(config)
+        assert config.worker.rollout.name == name and f"rollout engine: {name}" in caplog.text
+    with pytest.raises(ValueError, match="worker.rollout.name=vllm, and vLLM is not installed: run .*install.sh"):
+        check(preset("papo_grpo", "worker.rollout.name=vllm"))

@@ -24,7 +24,7 @@ from verl.data.vision import load_special_tokens
 from verl.plugins import load_plugins
 from verl.protocol import DataProto
 from verl.workers.actor.dp_actor import DataParallelActor
-from verl.workers.fsdp.wrap import build_sharded, full_weights
+from verl.workers.fsdp.wrap import build_sharded, whole
 
 CPU = torch.device("cpu")
 
@@ -77,7 +77,8 @@ def build_actor(
 
 
 def weights(actor: DataParallelActor) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().clone() for name, weight in full_weights(actor.policy)}
+    """Every weight, gathered, under its Hugging Face name; a tied head under both of its names."""
+    return {name: whole(weight).detach().clone() for name, weight in actor.policy.inner.state_dict().items()}
 
 
 def gradient(model: Path, batch: DataProto, **options: Any) -> tuple[dict[str, torch.Tensor], dict[str, float]]:

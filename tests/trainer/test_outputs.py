@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -82,11 +83,15 @@ def test_metrics_of_rewards_and_of_engine_against_trainer():
             "response_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
             "rollout_log_probs": torch.tensor([[-1.0, -2.0, 0.0], [-1.0, -1.0, -1.0]]),
             "old_log_probs": torch.tensor([[-1.1, -2.0, 9.0], [-1.0, -1.0, -0.6]]),
+            "weight_version": torch.tensor([4, 4]),
         }
     )
     metrics = rollout_metrics(batch, max_response_length=3)
     assert metrics["rollout/log_prob_diff_mean"] == pytest.approx(0.1, abs=1e-6)
     assert metrics["rollout/log_prob_diff_max"] == pytest.approx(0.4, abs=1e-6)
+    expected = sum(math.exp(d) - 1 - d for d in (-0.1, 0, 0, 0, 0.4)) / 5  # k3, by hand
+    assert metrics["rollout/mismatch_kl"] == pytest.approx(expected, abs=1e-7)
+    assert metrics["rollout/weight_version"] == 4
     assert metrics["rollout/response_length_mean"] == 2.5 and metrics["rollout/truncated"] == 0.5
 
 
@@ -97,3 +102,5 @@ def test_the_end_of_a_run_in_words(tmp_path):
     )
     assert lines[1] == "validation accuracy: 25.0% before, 50.0% after (+25.0 points)"
     assert lines[2].endswith("summary.json") and len(lines) == 3
+    lines = describe({"steps": 0, "seconds": 9.0, "val_accuracy": 0.25, "val_reward": 0.3}, str(tmp_path))
+    assert lines[1:3] == ["validation accuracy: 25.0%", "validation reward: 0.3000"]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
 from tests.fakes.actors import build_actor, process_group, weights
 from tests.fakes.rollouts import make_batch
@@ -12,19 +11,6 @@ from verl.config.worker import ModelConfig
 from verl.data.vision import load_special_tokens
 from verl.workers.actor.dp_actor import compute_log_probs
 from verl.workers.fsdp.export import save_huggingface
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
-def model(assets, request, tmp_path_factory):
-    if not request.param:
-        return assets / "model"
-    folder = tmp_path_factory.mktemp("tied") / "model"
-    config = AutoModelForImageTextToText.from_pretrained(assets / "model").config
-    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
-    torch.manual_seed(0)
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
-    AutoProcessor.from_pretrained(assets / "model").save_pretrained(folder)
-    return folder
 
 
 def test_a_trained_policy_loads_in_plain_transformers_with_the_same_log_probs(assets, model, tmp_path):

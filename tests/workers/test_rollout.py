@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.fakes.actors import build_actor, process_group
+from tests.fakes.actors import build_actor, process_group, weights
 from tests.fakes.rollouts import make_batch
 from tests.fakes.rows import row, write_parquet
 from verl.config.compose import compose_config
@@ -16,11 +16,10 @@ from verl.data.collate import PromptCollator, join_responses
 from verl.data.dataset import PromptDataset
 from verl.data.vision import VisionProcessor, load_special_tokens
 from verl.workers.actor.dp_actor import compute_log_probs
-from verl.workers.fsdp.wrap import full_weights
 from verl.workers.rollout.base import SamplingParams, train_sampling, validation_sampling
 from verl.workers.rollout.hf_engine import HFEngine
 from verl.workers.rollout.sampler import SeededSampler
-from verl.workers.rollout.weight_sync import pack
+from verl.workers.rollout.weight_sync import plan_buckets
 
 PARAMS = SamplingParams(n=3, temperature=1.0, top_p=1.0, top_k=-1, max_tokens=12, seed=5)
 
@@ -57,44 +56,57 @@ def test_log_probs_of_engine_and_trainer_agree(setup, assets, temperature):
     assert responses["response_mask"].sum() > 30 and difference.max() < 1e-5
 
 
+def load(engine, weights: dict, bucket_bytes: int = 10**9) -> int:
+    """Send weights through the object store's carrier; returns the number of buckets."""
+    layouts = plan_buckets(((n, w.dtype, tuple(w.shape)) for n, w in weights.items()), bucket_bytes)
+    engine.receive_from("object_store", None, 0, 1, 2)
+    engine.begin_weights()
+    for layout in layouts:
+        data = layout.empty(torch.device("cpu"))
+        layout.pack((weights[entry.name] for entry in layout.entries), data)
+        engine.load_bucket(layout, [data.numpy()])
+    engine.finish_weights()
+    return len(layouts)
+
+
 def test_log_probs_agree_after_a_weight_sync_of_a_trained_policy(setup, assets):
     engine, prompts, _ = setup
     with process_group():
         actor = build_actor(assets / "model", lr=0.05)
-        before = {n: w.clone() for n, w in full_weights(actor.policy)}
+        before = weights(actor)
         actor.update_policy(make_batch(assets), 1, temperature=1.0)
-        buckets = list(pack(full_weights(actor.policy), bucket_bytes=200_000))
-        assert len(buckets) > 3
-        engine.load_weights(entry for bucket in buckets for entry in bucket.unpack())
+        assert load(engine, weights(actor), bucket_bytes=200_000) > 3
         batch = join_responses(prompts, engine.generate(prompts, requests()), 3)
         trainer = compute_log_probs(actor.policy, batch, "", 1.0, 100, actor.device)
     assert (trainer - batch["rollout_log_probs"]).abs().max() < 1e-5
-    engine.load_weights(before.items())
-
-
-def test_buckets_carry_every_dtype_and_shape_exactly():
-    weights = {
-        "a": torch.randn(3, 5),
-        "b": torch.randn(7).bfloat16(),
-        "c": torch.tensor(2.5),
-        "d": torch.arange(6).view(2, 3),
-        "e": torch.randn(1000),
-    }
-    for size in (1, 64, 10_000):
-        found = {n: w.clone() for bucket in pack(weights.items(), size) for n, w in bucket.unpack()}
-        assert list(found) == list(weights)
-        for name in weights:
-            assert found[name].dtype == weights[name].dtype and torch.equal(found[name], weights[name])
+    load(engine, before)
 
 
 def test_weights_that_are_missing_or_unknown_are_named(setup):
     engine, _, _ = setup
     own = {n: w.clone() for n, w in engine.model.state_dict().items()}
     with pytest.raises(ValueError, match="sent 'lm_hat.weight', which the engine's model does not have"):
-        engine.load_weights([("lm_hat.weight", torch.zeros(1))])
+        load(engine, {"lm_hat.weight": torch.zeros(1)})
     own.pop("lm_head.weight")
     with pytest.raises(ValueError, match="left 1 weights as they were, such as 'lm_head.weight'"):
-        engine.load_weights(own.items())
+        load(engine, own)
+
+
+def test_image_tokens_that_do_not_fit_the_images_name_the_sample_and_its_sizes(setup):
+    engine, prompts, vision = setup
+    ids = prompts["prompt_ids"].clone()
+    ids[2, -3] = vision.config.image_token_id
+    wrong = prompts.with_columns({"prompt_ids": ids})
+    with pytest.raises(
+        ValueError, match=r"a.parquet:2: the prompt has 7 image tokens, .*84x28, 84x28 pixels take \[3, 3"
+    ):
+        engine.generate(wrong, requests())
+
+
+def test_temperature_0_takes_the_likeliest_token(setup):
+    engine, prompts, _ = setup
+    greedy = engine.generate(prompts, requests(temperature=0.0))["responses"].view(4, 3, -1)
+    assert (greedy == greedy[:, :1]).all() and not torch.equal(greedy[0], greedy[1])
 
 
 def test_seeds_make_responses_repeatable_whatever_else_is_in_the_batch(setup):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from omegaconf import II, MISSING
+from omegaconf import II
 
 
 @dataclass
@@ -15,7 +15,7 @@ class DataConfig:
     the area of an image after resizing. A relative image path is looked up in `image_dir`.
     """
 
-    train_files: str = MISSING
+    train_files: str | None = None
     val_files: str | None = None
     prompt_key: str = "problem"
     answer_key: str = "answer"

@@ -24,6 +24,10 @@ POSITIVE = (
     "worker.rollout.n",
     "worker.rollout.temperature",
     "worker.rollout.max_batch_size",
+    "worker.rollout.max_num_seqs",
+    "worker.rollout.max_num_batched_tokens",
+    "worker.rollout.tensor_parallel_size",
+    "worker.rollout.max_failures",
     "worker.rollout.sync_bucket_mb",
     "trainer.total_epochs",
     "trainer.nnodes",
@@ -40,6 +44,7 @@ def validate(config: Config) -> None:
     """
     _check_positive(config, POSITIVE)
     _check_values(config)
+    _check_rollout(config)
     _check_files(config)
     compute_sizes(config)
     for name, term in config.algorithm.terms.items():
@@ -60,23 +65,54 @@ def _check_positive(config: Config, keys: Iterable[str]) -> None:
 
 
 def _check_values(config: Config) -> None:
-    rollout, trainer = config.worker.rollout, config.trainer
-    if not 0 < rollout.top_p <= 1:
-        raise ValueError(f"worker.rollout.top_p={rollout.top_p}: a value above 0 and at most 1 is needed")
-    if rollout.top_k == 0 or rollout.top_k < -1:
-        raise ValueError(f"worker.rollout.top_k={rollout.top_k}: -1 (all tokens) or a value above 0 is needed")
-    if config.algorithm.adv_estimator == "grpo" and rollout.n < 2:
-        raise ValueError("worker.rollout.n=1: grpo compares responses to one prompt, it needs 2 or more")
+    trainer = config.trainer
     if config.data.min_pixels > config.data.max_pixels:
         raise ValueError(f"data.min_pixels={config.data.min_pixels} is above data.max_pixels={config.data.max_pixels}")
     if trainer.max_steps is not None and trainer.max_steps < 1:
         raise ValueError(f"trainer.max_steps={trainer.max_steps}: 1 or more, or null for trainer.total_epochs")
     if trainer.val_freq < 0:
         raise ValueError(f"trainer.val_freq={trainer.val_freq}: 0 (only before and after) or more is needed")
+    if config.data.train_files is None and not trainer.val_only:
+        raise ValueError("data.train_files is not set: it names what to train on (or set trainer.val_only=true)")
+    if config.data.val_files is None and trainer.val_only:
+        raise ValueError("data.val_files is not set, and trainer.val_only=true needs it")
     if config.data.val_files is None and (trainer.val_before_train or trainer.val_after_train or trainer.val_freq):
         raise ValueError(
             "data.val_files is not set: set it, or switch validation off with "
             "trainer.val_before_train=false trainer.val_after_train=false trainer.val_freq=0"
+        )
+
+
+def _check_rollout(config: Config) -> None:
+    rollout, validation = config.worker.rollout, config.worker.rollout.val_override_config
+    for key, sampling in (("worker.rollout", rollout), ("worker.rollout.val_override_config", validation)):
+        if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
+            raise ValueError(f"{key}.top_p={sampling.top_p}: a value above 0 and at most 1 is needed")
+        if sampling.top_k is not None and (sampling.top_k == 0 or sampling.top_k < -1):
+            raise ValueError(f"{key}.top_k={sampling.top_k}: -1 (all tokens) or a value above 0 is needed")
+    if validation.temperature is not None and validation.temperature < 0:
+        raise ValueError("worker.rollout.val_override_config.temperature: 0 (the likeliest token) or more is needed")
+    if validation.n is not None and validation.n < 1:
+        raise ValueError(f"worker.rollout.val_override_config.n={validation.n}: 1 or more is needed")
+    if config.algorithm.adv_estimator == "grpo" and rollout.n < 2:
+        raise ValueError("worker.rollout.n=1: grpo compares responses to one prompt, it needs 2 or more")
+    if not 0 < rollout.gpu_memory_utilization <= 1:
+        raise ValueError(
+            f"worker.rollout.gpu_memory_utilization={rollout.gpu_memory_utilization}: a share of the GPU, above 0 and "
+            "at most 1"
+        )
+    for key in ("limit_images", "dedicated_gpus"):
+        if getattr(rollout, key) < 0:
+            raise ValueError(f"worker.rollout.{key}={getattr(rollout, key)}: 0 or more is needed")
+    for key in ("data_parallel_size", "cpu_threads"):
+        value = getattr(rollout, key)
+        if value is not None and value < 1:
+            raise ValueError(f"worker.rollout.{key}={value}: 1 or more, or null")
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    if rollout.max_model_len is not None and rollout.max_model_len < longest:
+        raise ValueError(
+            f"worker.rollout.max_model_len={rollout.max_model_len} is below data.max_prompt_length + "
+            f"data.max_response_length = {longest}; raise it, or leave it out"
         )
 
 

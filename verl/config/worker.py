@@ -104,20 +104,43 @@ class SamplingOverride:
 
 @dataclass
 class RolloutConfig:
-    """`n` responses per prompt. `top_k` -1 keeps all tokens. `max_batch_size` counts responses per engine call.
+    """`name`: vllm, hf, or auto: vllm where it is installed. `n` responses per prompt; `top_k` -1 keeps all tokens.
 
-    `cpu_threads` limits the engine's threads on CPU; by default it has all cores, since trainers wait meanwhile.
+    Where engines run: on CPU `data_parallel_size` of them (default 1); with GPUs as many as fit, each over
+    `tensor_parallel_size` GPUs. They share the trainer's GPUs and sleep while it works, or have `dedicated_gpus`
+    besides those of the trainer. `cpu_threads` limits each engine's threads on CPU.
+
+    vllm: `gpu_memory_utilization` is the share of a GPU that it takes while awake, `max_num_seqs` counts responses at
+    one time, `max_model_len` defaults to the longest prompt and response, `enable_chunked_prefill` to true on GPUs,
+    `limit_images` 0 is no limit, and `engine_kwargs` are further arguments of vllm.EngineArgs.
+    hf: `max_batch_size` counts responses at one time.
+
+    `weight_sync`: object_store, ipc (same GPU or machine), collective (other GPUs), or auto; in buckets of
+    `sync_bucket_mb`. After `max_failures` failures of engines in a row the run stops.
     """
 
-    name: str = "hf"
+    name: str = "auto"
     n: int = 5
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
     seed: int = II("trainer.seed")
-    max_batch_size: int = 64
-    sync_bucket_mb: int = 256
+    limit_images: int = 0
+    tensor_parallel_size: int = 1
+    data_parallel_size: int | None = None
+    dedicated_gpus: int = 0
     cpu_threads: int | None = None
+    gpu_memory_utilization: float = 0.6
+    enforce_eager: bool = False
+    enable_chunked_prefill: bool | None = None
+    max_model_len: int | None = None
+    max_num_batched_tokens: int = 8192
+    max_num_seqs: int = 256
+    engine_kwargs: dict[str, Any] = field(default_factory=dict)
+    max_batch_size: int = 64
+    weight_sync: str = "auto"
+    sync_bucket_mb: int = 256
+    max_failures: int = 3
     val_override_config: SamplingOverride = field(default_factory=SamplingOverride)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from typing import Any
@@ -61,10 +62,14 @@ class VisionProcessor:
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def encode_prompt(self, chat_text: str, images: list[Image.Image]) -> dict[str, Any]:
-        """Token ids [P], positions [3, P] and `mm_inputs`, the dict of image tensors ({} without images)."""
+        """Token ids [P], positions [3, P] and `mm_inputs` ({} without images): the image tensors, and `image_ids`, a
+        name of each image's content by which an engine knows one that it has encoded before."""
         encoded = self.processor(text=[chat_text], images=images or None, return_tensors="pt")
         ids = encoded["input_ids"][0]
-        mm_inputs = {k: encoded[k] for k in ("pixel_values", "image_grid_thw") if k in encoded} if images else {}
+        mm_inputs: dict[str, Any] = {}
+        if images:
+            mm_inputs = {k: encoded[k] for k in ("pixel_values", "image_grid_thw")}
+            mm_inputs["image_ids"] = image_ids(**mm_inputs)
         positions = positions_of_prompt(ids, mm_inputs.get("image_grid_thw"), self.config)
         return {"prompt_ids": ids, "prompt_positions": positions, "mm_inputs": mm_inputs}
 
@@ -78,6 +83,20 @@ class VisionProcessor:
         image_processor = self.processor.image_processor
         patches = image_processor.get_number_of_image_patches(height, width, {})
         return patches // image_processor.merge_size**2
+
+
+def image_ids(pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> tuple[str, ...]:
+    """A digest of each image's patches and shape.
+
+    Args:
+        pixel_values: [patches of all images, values per patch].
+        image_grid_thw: [images, 3].
+    """
+    pieces = pixel_values.split(image_grid_thw.prod(dim=1).tolist())
+    return tuple(
+        hashlib.sha256(str(grid).encode() + piece.contiguous().numpy().tobytes()).hexdigest()
+        for grid, piece in zip(image_grid_thw.tolist(), pieces, strict=True)
+    )
 
 
 def load_processor(model_path: str, trust_remote_code: bool = False) -> Any:

@@ -84,6 +84,37 @@ def positions_of_prompt(ids: torch.Tensor, image_grid_thw: torch.Tensor | None, 
     return torch.cat(pieces, dim=1)
 
 
+def image_spans(ids: torch.Tensor, image_grid_thw: torch.Tensor | None, config: Any, uid: str) -> list[tuple[int, int]]:
+    """(first position, number of tokens) of each image of a prompt without padding.
+
+    Args:
+        ids: [P].
+        image_grid_thw: [images, 3] patches before merging, or None.
+        uid: names the prompt in the error.
+
+    Raises:
+        ValueError: the image tokens are not those that the images take, one run for each.
+    """
+    vision = config.vision_config
+    positions = (ids == config.image_token_id).nonzero().flatten().tolist()
+    grids = [] if image_grid_thw is None else image_grid_thw.tolist()
+    lengths = [time * height * width // vision.spatial_merge_size**2 for time, height, width in grids]
+    spans, at = [], 0
+    for length in lengths:
+        run = positions[at : at + length]
+        if len(run) < length or run[-1] - run[0] != length - 1:
+            break
+        spans.append((run[0], length))
+        at += length
+    if len(spans) != len(lengths) or at != len(positions):
+        sizes = ", ".join(f"{width * vision.patch_size}x{height * vision.patch_size}" for _, height, width in grids)
+        raise ValueError(
+            f"{uid}: the prompt has {len(positions)} image tokens, and its {len(lengths)} image(s) of "
+            f"{sizes or 'no'} pixels take {lengths}; tokens and images must agree, in order and without gaps"
+        )
+    return spans
+
+
 def positions_of_response(prompt_positions: torch.Tensor, length: int) -> torch.Tensor:
     """Positions [B, 3, length] of the response behind prompts with positions [B, 3, P]: text that counts on."""
     start = prompt_positions.amax(dim=(1, 2)) + 1

@@ -12,6 +12,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.config.trainer import Device, TrainerConfig
+from verl.config.worker import RolloutConfig
 
 logger = logging.getLogger(__name__)
 
@@ -21,54 +22,96 @@ PLACEMENT_TIMEOUT_S = 120
 
 # Worker processes inherit these from the driver.
 PASSED_ON = ("VERL_PLUGINS", "PYTHONPATH", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "GLOO_SOCKET_IFNAME")
+PASSED_ON_PREFIXES = ("VLLM_", "NCCL_")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where training ranks and engine run.
+    """Where training ranks and engines run.
 
-    Ranks work at the same time, the engine while they wait; so the ranks share the cores, and the engine has
-    all of them.
+    Ranks work at the same time, and so do the engines while the ranks wait; so each kind has all the cores.
+    `dedicated_gpus` are the engines' own, behind those of the ranks; with 0 they share the ranks' GPUs.
     """
 
     device: str
     ranks: int
     rank_threads: int
     rollout_threads: int
+    replicas: int = 1
+    gpus_per_replica: int = 1
+    dedicated_gpus: int = 0
 
     def in_words(self) -> str:
         where = "GPU" if self.device == "cuda" else "CPU process"
+        wide = f" over {self.gpus_per_replica} {where}s each" if self.gpus_per_replica > 1 else ""
+        own = f" on {self.dedicated_gpus} GPU(s) of their own" if self.dedicated_gpus else ""
         return (
             f"{self.ranks} training rank(s), one per {where}, {self.rank_threads} thread(s) each; "
-            f"rollout engine with {self.rollout_threads} thread(s)"
+            f"{self.replicas} rollout engine(s){wide}{own}, {self.rollout_threads} thread(s) each"
         )
 
 
-def plan_layout(config: TrainerConfig, rollout_threads: int | None = None) -> Layout:
-    """Choose the device and the number of threads. Raises ValueError where GPUs are asked for and there are none."""
+@dataclass(frozen=True)
+class Seat:
+    """A rollout replica's place: a bundle of the placement group, how much of its GPU Ray counts, and, where it
+    needs several GPUs, which."""
+
+    bundle: int
+    gpu_share: float
+    visible_gpus: list[str] | None = None
+
+
+def plan_layout(config: TrainerConfig, rollout: RolloutConfig) -> Layout:
+    """Choose the device, replicas and threads. Raises ValueError where GPUs are asked for that are not there."""
     device = config.device.value
     if config.device == Device.auto:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("trainer.device=cuda, and torch sees no GPU here; use trainer.device=auto or cpu")
-    if device == "cuda" and config.nnodes == 1 and config.n_gpus_per_node > torch.cuda.device_count():
+    ranks, dedicated, width = (
+        config.nnodes * config.n_gpus_per_node,
+        rollout.dedicated_gpus,
+        rollout.tensor_parallel_size,
+    )
+    if device == "cuda" and config.nnodes == 1 and ranks + dedicated > torch.cuda.device_count():
         raise ValueError(
-            f"trainer.n_gpus_per_node={config.n_gpus_per_node}, and this machine has {torch.cuda.device_count()} GPU(s)"
+            f"trainer.n_gpus_per_node={ranks} and worker.rollout.dedicated_gpus={dedicated}: this machine has "
+            f"{torch.cuda.device_count()} GPU(s)"
         )
+    replicas = rollout.data_parallel_size or 1
+    if device == "cuda":
+        replicas = plan_replicas(ranks, rollout)
+    elif dedicated:
+        raise ValueError(f"worker.rollout.dedicated_gpus={dedicated}, and this run is on CPU; set it to 0")
     cores = usable_cores()
     ranks_here = config.n_gpus_per_node
-    if device == "cpu" and ranks_here > cores:
-        logger.warning(
-            "trainer.n_gpus_per_node=%d processes on %d core(s): they will wait for each other",
-            ranks_here,
-            cores,
-        )
+    for key, processes in (("trainer.n_gpus_per_node", ranks_here), ("worker.rollout.data_parallel_size", replicas)):
+        if device == "cpu" and processes > cores:
+            logger.warning("%s=%d processes on %d core(s): they will wait for each other", key, processes, cores)
+    engine_threads = max(1, cores // (replicas * width if device == "cpu" else ranks_here))
     return Layout(
         device=device,
-        ranks=config.nnodes * ranks_here,
+        ranks=ranks,
         rank_threads=max(1, cores // ranks_here),
-        rollout_threads=min(rollout_threads or cores, cores),
+        rollout_threads=min(rollout.cpu_threads or engine_threads, cores),
+        replicas=replicas,
+        gpus_per_replica=width,
+        dedicated_gpus=dedicated,
     )
+
+
+def plan_replicas(ranks: int, rollout: RolloutConfig) -> int:
+    """How many engines the GPUs hold, or as many as are asked for; raises ValueError where those do not fit."""
+    gpus, width = rollout.dedicated_gpus or ranks, rollout.tensor_parallel_size
+    if gpus % width:
+        raise ValueError(f"worker.rollout.tensor_parallel_size={width} does not divide the {gpus} GPUs of the engines")
+    wanted = rollout.data_parallel_size or gpus // width
+    if wanted * width > gpus:
+        raise ValueError(
+            f"worker.rollout.data_parallel_size={wanted} x tensor_parallel_size={width} is more than the {gpus} GPUs "
+            "of the engines"
+        )
+    return wanted
 
 
 def usable_cores() -> int:
@@ -80,7 +123,7 @@ def start_ray(layout: Layout) -> None:
     """Connect to the cluster in RAY_ADDRESS, or start one on this machine."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    passed_on = {n: v for n, v in os.environ.items() if n in PASSED_ON or n.startswith(PASSED_ON_PREFIXES)}
     runtime_env = {
         "env_vars": {**passed_on, "TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0"},
         # Before a worker unpickles anything: a config may hold classes that only a plugin defines.
@@ -93,30 +136,71 @@ def start_ray(layout: Layout) -> None:
 
 
 def place_ranks(layout: Layout, nnodes: int) -> PlacementGroup | None:
-    """One bundle per training rank on GPUs, packed node by node; None on CPU, where Ray need not count anything.
+    """One bundle per training rank on GPUs, then one per GPU of the engines' own, packed node by node; None on CPU,
+    where Ray need not count anything.
 
     Raises RuntimeError, with what is there and what is needed, if the cluster does not offer it in time.
     """
     if layout.device != "cuda":
         return None
-    group = placement_group([{"GPU": 1, "CPU": 1}] * layout.ranks, strategy="PACK")
+    gpus = layout.ranks + layout.dedicated_gpus
+    group = placement_group([{"GPU": 1, "CPU": 1}] * gpus, strategy="PACK")
     try:
         ray.get(group.ready(), timeout=PLACEMENT_TIMEOUT_S)
     except ray.exceptions.GetTimeoutError as error:
         seen = ray.cluster_resources()
         raise RuntimeError(
-            f"trainer.nnodes={nnodes} x trainer.n_gpus_per_node needs {layout.ranks} GPUs and {layout.ranks} CPUs; "
+            f"trainer.nnodes={nnodes} x trainer.n_gpus_per_node and worker.rollout.dedicated_gpus need {gpus} GPUs and "
+            f"{gpus} CPUs; "
             f"the Ray cluster has {seen.get('GPU', 0):g} GPUs and {seen.get('CPU', 0):g} CPUs, "
             f"free: {ray.available_resources().get('GPU', 0):g} GPUs"
         ) from error
     return group
 
 
-def actor_options(layout: Layout, group: PlacementGroup | None, bundle: int, gpu_share: float, threads: int) -> dict:
-    """Options of `ray.remote` for a worker on `bundle` of the placement group."""
+def actor_options(
+    layout: Layout, group: PlacementGroup | None, bundle: int, gpu_share: float, threads: int, **environment: str
+) -> dict:
+    """Options of `ray.remote` for a worker on `bundle` of the placement group, in this environment."""
     # OMP reads its number of threads when torch is imported, long before set_num_threads.
-    options: dict = {"num_cpus": 0, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}}}
+    options: dict = {"num_cpus": 0, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads), **environment}}}
     if group is not None:
         options["num_gpus"] = gpu_share
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
     return options
+
+
+def rollout_seats(layout: Layout, group: PlacementGroup | None) -> list[Seat]:
+    """A place for each rollout replica. One that spans several GPUs has them all on one node."""
+    if group is None:
+        return [Seat(bundle=0, gpu_share=0)] * layout.replicas
+    first, share = (layout.ranks, 1.0) if layout.dedicated_gpus else (0, ROLLOUT_SHARE)
+    if layout.gpus_per_replica == 1:
+        return [Seat(first + index, share) for index in range(layout.replicas)]
+    bundles = range(first, first + (layout.dedicated_gpus or layout.ranks))
+    found = ray.get([_where.options(**actor_options(layout, group, b, share, threads=1)).remote() for b in bundles])
+    return wide_seats(dict(zip(bundles, found, strict=True)), layout.gpus_per_replica, layout.replicas, share)
+
+
+def wide_seats(places: dict[int, tuple[str, str]], width: int, replicas: int, share: float) -> list[Seat]:
+    """Seats of `width` GPUs each, from (node, GPU) of every bundle. Raises ValueError where nodes do not hold them."""
+    nodes: dict[str, list[tuple[int, str]]] = {}
+    for bundle, (node, gpu) in places.items():
+        nodes.setdefault(node, []).append((bundle, gpu))
+    seats = []
+    for members in nodes.values():
+        for start in range(0, len(members) - width + 1, width):
+            part = members[start : start + width]
+            seats.append(Seat(part[0][0], share, [gpu for _, gpu in part]))
+    if len(seats) < replicas:
+        raise ValueError(
+            f"worker.rollout.tensor_parallel_size={width}: {replicas} engines do not fit on nodes with "
+            f"{[len(members) for members in nodes.values()]} GPUs, since an engine cannot span nodes"
+        )
+    return seats[:replicas]
+
+
+@ray.remote
+def _where() -> tuple[str, str]:
+    """(node, GPU) of the bundle that this runs on."""
+    return ray.get_runtime_context().get_node_id(), str(ray.get_gpu_ids()[0])

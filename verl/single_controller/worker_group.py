@@ -13,6 +13,7 @@ from verl.metrics.bag import MetricBag
 from verl.protocol import DataProto
 from verl.single_controller.resources import ACTOR_SHARE, REFERENCE_SHARE, Layout, actor_options
 from verl.workers.model_worker import ActorWorker, ModelWorker, ReferenceWorker
+from verl.workers.rollout.weight_sync import BucketLayout
 
 
 class WorkerGroup:
@@ -85,9 +86,20 @@ class ActorGroup(LogProbGroup):
         shards = [DataProto.concat([piece[rank] for piece in pieces]) for rank in range(self.size)]
         return MetricBag.merged(self.on_shards(ActorWorker.update_policy, shards, num_mini_batches))
 
-    def send_weights(self) -> list[ray.ObjectRef]:
-        """References to the policy's weights in the object store."""
-        return self.on_all(ActorWorker.send_weights)[0]
+    def send_through(self, carrier: str) -> tuple[str, int] | None:
+        """Prepare to send weights; where sender and receivers must meet, returns (host, port)."""
+        return self.on_all(ActorWorker.send_through, carrier)[0]
+
+    def meet_receivers(self, host: str, port: int, size: int) -> None:
+        """Rank 0 and all receivers, `size` processes in all, meet at host:port."""
+        ray.get(self.workers[0].meet_receivers.remote(host, port, size))
+
+    def plan_weights(self) -> list[BucketLayout]:
+        return self.on_all(ActorWorker.plan_weights)[0]
+
+    def send_bucket(self, layout: BucketLayout) -> list[ray.ObjectRef]:
+        """What each rank has to say of the bucket, by reference: it may be large."""
+        return [worker.send_bucket.remote(layout) for worker in self.workers]
 
     def save_huggingface(self, path: str) -> None:
         self.on_all(ActorWorker.save_huggingface, path)

@@ -26,7 +26,8 @@ def reward_metrics(scores: list[RewardScore], group: torch.Tensor) -> dict[str, 
 
 
 def rollout_metrics(batch: DataProto, max_response_length: int) -> dict[str, float]:
-    """Response lengths in tokens, and |log-prob of the engine - log-prob of the trainer| in nats per token."""
+    """Response lengths in tokens, and how far engine and trainer are apart, in nats per token: |difference of their
+    log-probs|, and KL(engine || trainer) by the k3 estimate on the engine's own samples."""
     mask = batch["response_mask"].bool()
     lengths = mask.sum(dim=1).double()
     metrics = {
@@ -34,8 +35,10 @@ def rollout_metrics(batch: DataProto, max_response_length: int) -> dict[str, flo
         "rollout/response_length_max": lengths.max().item(),
         "rollout/truncated": (lengths >= max_response_length).double().mean().item(),
     }
+    metrics["rollout/weight_version"] = batch["weight_version"].double().mean().item()
     if "old_log_probs" in batch:
-        difference = (batch["rollout_log_probs"] - batch["old_log_probs"])[mask].abs().double()
-        metrics["rollout/log_prob_diff_mean"] = difference.mean().item()
-        metrics["rollout/log_prob_diff_max"] = difference.max().item()
+        log_ratio = (batch["old_log_probs"].double() - batch["rollout_log_probs"].double())[mask]
+        metrics["rollout/log_prob_diff_mean"] = log_ratio.abs().mean().item()
+        metrics["rollout/log_prob_diff_max"] = log_ratio.abs().max().item()
+        metrics["rollout/mismatch_kl"] = (log_ratio.expm1() - log_ratio).mean().item()
     return metrics

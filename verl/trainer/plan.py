@@ -20,9 +20,10 @@ from verl.data.dataset import PromptDataset
 from verl.data.loader import train_loader, validation_loader
 from verl.data.vision import VisionProcessor
 from verl.single_controller.resources import Layout, plan_layout
+from verl.single_controller.rollout_group import choose_carrier
 from verl.tracking import TRACKERS
 from verl.workers.reward.manager import RewardManager
-from verl.workers.rollout.engines import ENGINES
+from verl.workers.rollout.engines import choose_engine
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Plan:
     sizes: Sizes
     layout: Layout
     vision: VisionProcessor
-    train_loader: StatefulDataLoader
+    train_loader: StatefulDataLoader | None
     val_loader: StatefulDataLoader | None
     total_steps: int
 
@@ -46,23 +47,26 @@ def make_plan(config: Config) -> Plan:
     requirements = check(config)
     make_paths_absolute(config)
     RewardManager(config.worker.reward)
-    layout = plan_layout(config.trainer, config.worker.rollout.cpu_threads)
+    layout = plan_layout(config.trainer, config.worker.rollout)
+    choose_carrier(config.worker.rollout.weight_sync, layout)
     if layout.device == "cpu":
         torch.set_num_threads(1)  # the driver's image processing runs beside the workers
     sizes = compute_sizes(config)
-    logger.info("%s", sizes.in_words())
-    log_requirements(config, requirements)
+    if not config.trainer.val_only:
+        logger.info("%s", sizes.in_words())
+        log_requirements(config, requirements)
     data, model = config.data, config.worker.actor.model
     vision = VisionProcessor(model.model_path, data.min_pixels, data.max_pixels, model.trust_remote_code)
     collator = PromptCollator(vision.special.pad)
-    train_data = PromptDataset(data.train_files, "data.train_files", data, vision)
-    train = train_loader(train_data, data.rollout_batch_size, data.shuffle, data.seed, data.num_workers, collator)
-    val = None
+    train, val, total_steps = None, None, 0
+    if not config.trainer.val_only:
+        train_data = PromptDataset(data.train_files, "data.train_files", data, vision)
+        train = train_loader(train_data, data.rollout_batch_size, data.shuffle, data.seed, data.num_workers, collator)
+        total_steps = config.trainer.max_steps or config.trainer.total_epochs * len(train)
+        logger.info("%d steps, %d per epoch", total_steps, len(train))
     if data.val_files is not None:
         val_data = PromptDataset(data.val_files, "data.val_files", data, vision)
         val = validation_loader(val_data, data.val_batch_size, data.num_workers, collator)
-    total_steps = config.trainer.max_steps or config.trainer.total_epochs * len(train)
-    logger.info("%d steps, %d per epoch", total_steps, len(train))
     return Plan(config, requirements, sizes, layout, vision, train, val, total_steps)
 
 
@@ -83,7 +87,10 @@ def check(config: Config) -> Requirements:
     """Check the config and every name in it, and derive which passes the run needs. Raises as `validate` does."""
     validate(config)
     ADVANTAGES[config.algorithm.adv_estimator]
-    ENGINES[config.worker.rollout.name]
+    rollout = config.worker.rollout
+    rollout.name = choose_engine(rollout.name)
+    if rollout.name == "hf" and rollout.tensor_parallel_size > 1:
+        raise ValueError("worker.rollout.tensor_parallel_size: the engine hf runs on one GPU; use the engine vllm")
     for name in config.trainer.logger:
         TRACKERS[name]
     return find_requirements(build_terms(config.algorithm.terms), config.algorithm.views)

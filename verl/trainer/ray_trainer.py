@@ -32,17 +32,16 @@ class RayTrainer:
         self.trackers = [TRACKERS[name](self.run_dir.path) for name in self.trainer.logger]
 
     def fit(self) -> dict[str, float]:
-        """Train; returns what summary.json holds."""
+        """Train, or only validate; returns what summary.json holds."""
         started = time.perf_counter()
         start_ray(self.plan.layout)
         try:
             plan = self.plan
-            updates = plan.total_steps * plan.sizes.updates_per_step
-            workers = Workers.build(plan.config, plan.requirements, plan.layout, updates)
+            workers = Workers.build(plan)
             self.run = Run(plan.config, plan.sizes, plan.requirements, plan.vision, workers)
             with logging_redirect_tqdm():
-                validations = self._train()
-            if self.trainer.save_model:
+                validations = self._validate_only() if self.trainer.val_only else self._train()
+            if self.trainer.save_model and not self.trainer.val_only:
                 workers.actor.save_huggingface(self.run_dir.file("model"))
         finally:
             for tracker in self.trackers:
@@ -78,6 +77,11 @@ class RayTrainer:
             validations |= _for_summary(result.metrics, "after")
         return validations
 
+    def _validate_only(self) -> dict[str, float]:
+        metrics = self._validate(0)
+        self._log(0, metrics)
+        return _for_summary(metrics)
+
     def _prompts(self) -> Iterator[tuple[int, DataProto]]:
         """(epoch, prompts) for every step of the run."""
         loader, epoch, step = self.plan.train_loader, 0, 0
@@ -100,6 +104,8 @@ class RayTrainer:
             tracker.log(step, metrics)
 
 
-def _for_summary(metrics: dict[str, float], when: str) -> dict[str, float]:
+def _for_summary(metrics: dict[str, float], when: str = "") -> dict[str, float]:
     """Accuracy and reward of a validation. A reward function need not have a component `accuracy`."""
-    return {f"val_{name}_{when}": metrics[f"val/{name}"] for name in ("accuracy", "reward") if f"val/{name}" in metrics}
+    suffix = when and f"_{when}"
+    names = ("accuracy", "reward")
+    return {f"val_{name}{suffix}": metrics[f"val/{name}"] for name in names if f"val/{name}" in metrics}

@@ -51,9 +51,10 @@ def run_step(run: Run, prompts: DataProto, epoch: int) -> StepResult:
             sampling = train_sampling(
                 run.config.worker.rollout, run.config.data.max_response_length, list(prompts["uid"]), epoch
             )
-            rollout = run.workers.start_rollout(prompts, sampling)
+            rollout = run.workers.rollout.generate(prompts, sampling)
             prompts = add_views(run, prompts, epoch)  # while the engine generates
-            batch = join_responses(prompts, ray.get(rollout), run.sizes.responses_per_prompt)
+            batch = join_responses(prompts, run.workers.rollout.result(rollout), run.sizes.responses_per_prompt)
+            run.workers.rollout.sleep()
         check_columns(batch)
         inputs = reward_inputs(run.vision, batch)
         scoring = run.workers.start_reward(inputs)
@@ -64,7 +65,7 @@ def run_step(run: Run, prompts: DataProto, epoch: int) -> StepResult:
         with timings("update"):
             updated = run.workers.actor.update_policy(update_columns(run, batch), run.sizes.mini_batches)
         with timings("weight_sync"):
-            run.workers.sync_weights()
+            run.workers.rollout.sync_weights(run.workers.actor)
     metrics = {
         **reward_metrics(scores, group),
         **updated.result(),

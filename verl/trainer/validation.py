@@ -20,7 +20,7 @@ def validate(run: Run, loader: StatefulDataLoader) -> tuple[dict[str, float], li
     for prompts in tqdm(loader, desc="validating", unit="batch", leave=False):
         config = run.config
         sampling = validation_sampling(config.worker.rollout, config.data.max_response_length, list(prompts["uid"]))
-        responses = ray.get(run.workers.start_rollout(prompts, sampling))
+        responses = run.workers.rollout.result(run.workers.rollout.generate(prompts, sampling))
         batch = prompts.select(["uid", "problem", "answer", "prompt_ids"]).repeat_interleave(sampling[0].n)
         batch = batch.with_columns(dict(responses.tensors.items()))
         inputs = reward_inputs(run.vision, batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import warnings
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -24,6 +25,16 @@ def start_model_worker(role: str, threads: int) -> None:
     start_logging(role)
     quiet_libraries()
     torch.set_num_threads(threads)
+
+
+def prepare_gloo(host: str) -> None:
+    """Let gloo use the loopback interface in every process of a run that stays on this machine.
+
+    By itself it looks its interface up by host name, which many laptops and containers cannot resolve; and processes
+    that chose differently wait for each other.
+    """
+    if host == "127.0.0.1" and "lo" in (name for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def quiet_libraries() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import socket
+from typing import Any
 
 import ray
 import torch
@@ -17,12 +16,12 @@ from verl.data.vision import load_special_tokens
 from verl.metrics.bag import MetricBag
 from verl.models.loading import resolve_dtype
 from verl.protocol import DataProto
-from verl.utils.process import start_model_worker
+from verl.utils.process import prepare_gloo, start_model_worker
 from verl.workers.actor.dp_actor import DataParallelActor, compute_log_probs
 from verl.workers.actor.optim import build_optimizer, build_schedule
 from verl.workers.fsdp.export import save_huggingface
-from verl.workers.fsdp.wrap import build_sharded, full_weights
-from verl.workers.rollout.weight_sync import ObjectStoreSync
+from verl.workers.fsdp.wrap import build_sharded, whole
+from verl.workers.rollout.weight_sync import CARRIERS, BucketLayout, plan_buckets
 
 
 class ModelWorker:
@@ -40,17 +39,19 @@ class ModelWorker:
 
     def open_store(self) -> tuple[str, int]:
         """On rank 0: open the store where ranks meet, on a port that the system chooses; returns (host, port)."""
-        host = ray.util.get_node_ip_address() if self.config.trainer.nnodes > 1 else "127.0.0.1"
+        host = self.host()
         self.store = dist.TCPStore(host, 0, self.world_size, is_master=True, wait_for_workers=False)
         return host, self.store.port
+
+    def host(self) -> str:
+        """The address under which other processes of the run reach this one."""
+        return ray.util.get_node_ip_address() if self.config.trainer.nnodes > 1 else "127.0.0.1"
 
     def join(self, host: str, port: int) -> None:
         """Join the process group; returns when all ranks have."""
         if self.rank != 0:
             self.store = dist.TCPStore(host, port, self.world_size, is_master=False)
-        if host == "127.0.0.1" and "lo" in (name for _, name in socket.if_nameindex()):
-            # gloo looks its interface up by host name, which many laptops and containers cannot resolve.
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        prepare_gloo(host)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world_size)
 
@@ -110,12 +111,41 @@ class ActorWorker(ModelWorker):
         """All updates of one step on this rank's rows; returns its metrics."""
         return self.actor.update_policy(batch, num_mini_batches, self.config.worker.rollout.temperature)
 
-    def send_weights(self) -> list[ray.ObjectRef]:
-        """Put the policy's weights where the rollout workers find them; all ranks call this together."""
+    def send_through(self, carrier: str) -> tuple[str, int] | None:
+        """Prepare a carrier; where sender and receivers must meet, returns (host, port) on the sending rank."""
+        self.carrier = CARRIERS[carrier](self.device)
+        if not self.carrier.together or self.rank != 0:
+            return None
+        self.sync_store = dist.TCPStore(self.host(), 0, is_master=True, wait_for_workers=False)
+        return self.host(), self.sync_store.port
+
+    def meet_receivers(self, host: str, port: int, size: int) -> None:
+        self.carrier.connect(host, port, 0, size)
+
+    def plan_weights(self) -> list[BucketLayout]:
+        """How the weights will be cut; the same on every rank. A tied head is sent under its own name too: an
+        engine may hold a copy of it."""
         dtype = resolve_dtype(self.config.worker.actor.fsdp.compute_dtype, self.device.type)
-        weights = ((name, weight.to(dtype)) for name, weight in full_weights(self.policy))
-        carrier = ObjectStoreSync(self.config.worker.rollout.sync_bucket_mb * 2**20)
-        return carrier.send(weights, is_source=self.rank == 0)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the update has left over: an engine on this GPU is about to wake up
+        self.sent_weights = self.policy.inner.state_dict()
+        shapes = (
+            (name, dtype if weight.is_floating_point() else weight.dtype, tuple(weight.shape))
+            for name, weight in self.sent_weights.items()
+        )
+        return plan_buckets(shapes, self.config.worker.rollout.sync_bucket_mb * 2**20)
+
+    @torch.no_grad()
+    def send_bucket(self, layout: BucketLayout) -> Any:
+        """Gather one bucket's weights from all ranks, which call this together, and hand them to the carrier."""
+        weights = (whole(self.sent_weights[entry.name]) for entry in layout.entries)
+        if not self.carrier.every_rank and self.rank != 0:
+            for _ in weights:
+                pass
+            return None
+        data = layout.empty(self.device)
+        layout.pack(weights, data)
+        return self.carrier.send(data)
 
     def save_huggingface(self, path: str) -> None:
         """Write the policy as an ordinary Hugging Face folder; all ranks call this together, rank 0 writes."""

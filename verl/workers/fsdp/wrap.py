@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (
@@ -64,10 +62,6 @@ def shard(policy: PolicyModel, mesh: DeviceMesh, config: FSDPConfig) -> None:
     fully_shard(policy, **options)
 
 
-def full_weights(policy: PolicyModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each weight whole, one at a time, under its Hugging Face name. Every rank must run the iterator to its end.
-
-    A tied head comes under its own name too: an engine that holds a copy of it must get it.
-    """
-    for name, weight in policy.inner.state_dict().items():
-        yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+def whole(weight: torch.Tensor) -> torch.Tensor:
+    """A weight gathered from all ranks, which must call this together."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight

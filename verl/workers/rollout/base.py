@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
 from verl.config.worker import RolloutConfig
 from verl.protocol import DataProto
 from verl.registry import Registry
 from verl.utils.seeding import derive_seed
+from verl.workers.rollout.weight_sync import BucketLayout
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """One request: `n` responses of at most `max_tokens` tokens. `seed` makes them repeatable, whatever other
-    requests share the batch. `top_k` -1 keeps all tokens."""
+    requests share the batch. `top_k` -1 keeps all tokens, `temperature` 0 takes the likeliest one."""
 
     n: int
     temperature: float
@@ -44,8 +46,33 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Replace all weights, given under Hugging Face names. Raises ValueError where one is missing or unknown."""
+    def receive_from(self, carrier: str, host: str | None, port: int, first_rank: int, size: int) -> None:
+        """Take weights through this carrier. With a host, meet the sender there: this engine's processes are the
+        ranks from `first_rank` on, of `size`."""
+        ...
+
+    def begin_weights(self) -> None:
+        """Buckets follow until `finish_weights`."""
+        ...
+
+    def load_bucket(self, layout: BucketLayout, payloads: list[Any]) -> None:
+        """Load weights, given under Hugging Face names. Raises ValueError for one that the model does not have."""
+        ...
+
+    def finish_weights(self) -> None:
+        """Forget everything that was computed with the old weights. Raises ValueError where a weight is missing."""
+        ...
+
+    def sleep(self) -> None:
+        """Give the GPU's memory to the trainer, weights included; without a GPU to share it does nothing."""
+        ...
+
+    def wake_weights(self) -> None:
+        """Take memory for the weights, which the next sync fills."""
+        ...
+
+    def wake_cache(self) -> None:
+        """Take back all other memory."""
         ...
 
 
@@ -68,3 +95,37 @@ def validation_sampling(config: RolloutConfig, max_tokens: int, uids: list[str])
 
     base = SamplingParams(chosen("n"), chosen("temperature"), chosen("top_p"), chosen("top_k"), max_tokens, 0)
     return [replace(base, seed=derive_seed(config.seed, "validation", uid)) for uid in uids]
+
+
+def pad_responses(tokens: Sequence[list[int]], log_probs: Sequence[list[float]], pad: int) -> DataProto:
+    """What `RolloutEngine.generate` returns, from responses of any lengths."""
+    longest = max(len(ids) for ids in tokens)
+    responses = torch.full((len(tokens), longest), pad, dtype=torch.int64)
+    mask = torch.zeros(len(tokens), longest, dtype=torch.int64)
+    padded = torch.zeros(len(tokens), longest)
+    for row, (ids, values) in enumerate(zip(tokens, log_probs, strict=True)):
+        responses[row, : len(ids)] = torch.tensor(ids)
+        mask[row, : len(ids)] = 1
+        padded[row, : len(ids)] = torch.tensor(values)
+    return DataProto.from_dict({"responses": responses, "response_mask": mask, "rollout_log_probs": padded})
+
+
+def in_order(
+    parts: Sequence[DataProto], rows: Sequence[Sequence[int]], sampling: Sequence[SamplingParams], pad: int
+) -> DataProto:
+    """Responses that were generated in parts as one batch, in the order of the requests, padded to the longest.
+
+    Args:
+        parts: the responses to the requests `rows[i]`, as `RolloutEngine.generate` returns them.
+    """
+    longest = max(part["responses"].shape[1] for part in parts)
+    columns = {}
+    for name in parts[0].tensors.keys():
+        pieces = [part[name] for part in parts]
+        if pieces[0].dim() == 2:
+            value = pad if name == "responses" else 0
+            pieces = [F.pad(piece, (0, longest - piece.shape[1]), value=value) for piece in pieces]
+        columns[name] = torch.cat(pieces)
+    written = [request for part in rows for request in part for _ in range(sampling[request].n)]
+    order = sorted(range(len(written)), key=written.__getitem__)  # stable: responses of a request keep their order
+    return DataProto.from_dict(columns).rows(torch.tensor(order))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import GenerationConfig, LogitsProcessorList
 
 from verl.config.config import Config
-from verl.models.families import SpecialTokens
+from verl.models.families import SpecialTokens, image_spans
 from verl.models.loading import load_model, resolve_dtype
 from verl.protocol import DataProto
 from verl.workers.actor.forward import join_images
-from verl.workers.rollout.base import ENGINES, SamplingParams
+from verl.workers.rollout.base import ENGINES, SamplingParams, in_order
 from verl.workers.rollout.sampler import SeededSampler
+from verl.workers.rollout.weight_sync import CARRIERS, BucketLayout
 
 
 @ENGINES.register("hf")
@@ -49,22 +49,46 @@ class HFEngine:
             size = max(1, self.max_batch_size // n)
             batches += [rows[start : start + size] for start in range(0, len(rows), size)]
         outputs = [self._generate(prompts.rows(torch.tensor(b)), [sampling[i] for i in b]) for b in batches]
-        return _in_order(outputs, batches, sampling, self.special.pad)
+        return in_order(outputs, batches, sampling, self.special.pad)
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def receive_from(self, carrier: str, host: str | None, port: int, first_rank: int, size: int) -> None:
+        self.carrier = CARRIERS[carrier](self.device)
+        if host is not None:
+            self.carrier.connect(host, port, first_rank, size)
+
+    def begin_weights(self) -> None:
+        self.missing = set(self.model.state_dict())
+
+    @torch.no_grad()
+    def load_bucket(self, layout: BucketLayout, payloads: list[Any]) -> None:
         own = self.model.state_dict()
-        missing = set(own)
-        with torch.no_grad():
-            for name, weight in weights:
-                if name not in own:
-                    raise ValueError(f"weight sync sent '{name}', which the engine's model does not have")
-                own[name].copy_(weight)
-                missing.discard(name)
-        if missing:
-            raise ValueError(f"weight sync left {len(missing)} weights as they were, such as '{min(missing)}'")
+        for name, weight in layout.unpack(self.carrier.receive(layout, payloads)):
+            if name not in own:
+                raise ValueError(f"weight sync sent '{name}', which the engine's model does not have")
+            own[name].copy_(weight)
+            self.missing.discard(name)
 
-    def _generate(self, prompts: DataProto, sampling: list[SamplingParams]) -> dict[str, torch.Tensor]:
+    def finish_weights(self) -> None:
+        if self.missing:
+            raise ValueError(
+                f"weight sync left {len(self.missing)} weights as they were, such as '{min(self.missing)}'"
+            )
+
+    def sleep(self) -> None:
+        if self.device.type == "cuda":
+            self.model.to("cpu")
+            torch.cuda.empty_cache()
+
+    def wake_weights(self) -> None:
+        self.model.to(self.device)
+
+    def wake_cache(self) -> None:
+        pass
+
+    def _generate(self, prompts: DataProto, sampling: list[SamplingParams]) -> DataProto:
         """One batch of requests with the same n and max_tokens, without the padding that all rows share."""
+        for ids, inputs, uid in zip(prompts["prompt_ids"], prompts["mm_inputs"], prompts["uid"], strict=True):
+            image_spans(ids, inputs.get("image_grid_thw"), self.model.config, uid)  # raises where they disagree
         first = int(prompts["prompt_mask"].argmax(dim=1).min())
         ids = prompts["prompt_ids"][:, first:].to(self.device)
         images = join_images(list(prompts["mm_inputs"]), self.device)
@@ -90,22 +114,10 @@ class HFEngine:
         mask = (ended.cumsum(dim=1) - ended == 0).long()  # 1 up to and with the first end token
         log_probs = torch.stack(sampler.log_probs, dim=1) * mask
         responses = torch.where(mask.bool(), responses, self.special.pad)
-        return {
-            "responses": responses.cpu(),
-            "response_mask": mask.cpu(),
-            "rollout_log_probs": log_probs.float().cpu(),
-        }
-
-
-def _in_order(
-    outputs: list[dict[str, torch.Tensor]], batches: list[list[int]], sampling: list[SamplingParams], pad: int
-) -> DataProto:
-    """All batches' responses as one batch, in the order of the requests, padded to the longest."""
-    longest = max(output["responses"].shape[1] for output in outputs)
-    columns = {}
-    for name in outputs[0]:
-        value = pad if name == "responses" else 0
-        columns[name] = torch.cat([F.pad(o[name], (0, longest - o[name].shape[1]), value=value) for o in outputs])
-    written = [request for batch in batches for request in batch for _ in range(sampling[request].n)]
-    order = sorted(range(len(written)), key=written.__getitem__)  # stable: responses of a request keep their order
-    return DataProto.from_dict(columns).rows(torch.tensor(order))
+        return DataProto.from_dict(
+            {
+                "responses": responses.cpu(),
+                "response_mask": mask.cpu(),
+                "rollout_log_probs": log_probs.float().cpu(),
+            }
+        )

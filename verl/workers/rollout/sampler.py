@@ -23,9 +23,10 @@ class SeededSampler(LogitsProcessor):
 
     def __init__(self, sampling: list[SamplingParams], banned: torch.Tensor, device: torch.device) -> None:
         rows = [(params, k) for params in sampling for k in range(params.n)]
-        self.temperature = torch.tensor([[p.temperature] for p, _ in rows], device=device)
+        # Temperature 0 is the limit: the likeliest token alone.
+        self.temperature = torch.tensor([[p.temperature or 1.0] for p, _ in rows], device=device)
         self.top_p = torch.tensor([[p.top_p] for p, _ in rows], device=device)
-        self.top_k = torch.tensor([[p.top_k] for p, _ in rows], device=device)
+        self.top_k = torch.tensor([[p.top_k if p.temperature else 1] for p, _ in rows], device=device)
         self.banned = banned
         self.uniform = torch.stack([_uniform(p, k) for p, k in rows]).to(device)
         self.log_probs: list[torch.Tensor] = []

@@ -1,73 +1,216 @@
-"""Weights from the actor's shards to the rollout engine, through Ray's shared-memory object store."""
+"""Weights from the actor's shards to the rollout engines: how they are cut, and three ways to carry them.
+
+The weights travel in buckets whose contents all sides know beforehand, so that one interface serves carriers that
+move bytes (the object store), that move only a handle (memory of the same machine or GPU), and that need sender and
+receivers at the same time (a broadcast).
+"""
 
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
 
 import numpy as np
-import ray
 import torch
+import torch.distributed as dist
+
+from verl.registry import Registry
+from verl.utils.process import prepare_gloo
+
+ALIGNMENT = 16  # bytes; a view needs every weight aligned to its dtype
+CONNECT_TIMEOUT = timedelta(minutes=5)
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """Some weights as one array of bytes, which the object store shares between processes without a copy."""
+class Entry:
+    """One weight's place in a bucket: `start` is its first byte."""
 
-    data: np.ndarray  # uint8
-    entries: tuple[tuple[str, torch.dtype, tuple[int, ...], int], ...]  # name, dtype, shape, first byte
-
-    def unpack(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, weight) of each; the weights are views of the shared, read-only memory: copy, never write."""
-        for name, dtype, shape, start in self.entries:
-            num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="The given buffer is not writable")
-                flat = torch.frombuffer(self.data, dtype=torch.uint8, count=num_bytes, offset=start)
-            yield name, flat.view(dtype).view(shape)
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
 
 
-def pack(weights: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[Bucket]:
-    """Weights in buckets of about `bucket_bytes`; a larger weight gets a bucket of its own."""
-    pending: list[tuple[str, torch.Tensor]] = []
-    size = 0
-    for name, weight in weights:
-        if pending and size + weight.nbytes > bucket_bytes:
-            yield _bucket(pending)
-            pending, size = [], 0
-        pending.append((name, weight.detach().cpu().contiguous()))
-        size += weight.nbytes
-    if pending:
-        yield _bucket(pending)
+@dataclass(frozen=True)
+class BucketLayout:
+    """Which weights lie where in one array of bytes."""
+
+    entries: tuple[Entry, ...]
+    num_bytes: int
+
+    def empty(self, device: torch.device) -> torch.Tensor:
+        return torch.empty(self.num_bytes, dtype=torch.uint8, device=device)
+
+    def unpack(self, data: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, weight) of each entry, as views of `data`; copy them, never write."""
+        for entry in self.entries:
+            yield entry.name, _view(data, entry)
+
+    def pack(self, weights: Iterable[torch.Tensor], data: torch.Tensor) -> None:
+        """Write the weights, in the order of the entries and converted to their dtypes, into `data`."""
+        for entry, weight in zip(self.entries, weights, strict=True):
+            _view(data, entry).copy_(weight)
 
 
-def _bucket(weights: list[tuple[str, torch.Tensor]]) -> Bucket:
-    entries, pieces, at = [], [], 0
-    for name, weight in weights:
-        at_aligned = -(-at // 16) * 16  # frombuffer and view need each weight aligned to its dtype
-        pieces += [np.zeros(at_aligned - at, np.uint8), weight.reshape(-1).view(torch.uint8).numpy()]
-        entries.append((name, weight.dtype, tuple(weight.shape), at_aligned))
-        at = at_aligned + weight.nbytes
-    return Bucket(np.concatenate(pieces), tuple(entries))
+def _view(data: torch.Tensor, entry: Entry) -> torch.Tensor:
+    num_bytes = int(np.prod(entry.shape, dtype=np.int64)) * entry.dtype.itemsize
+    return data[entry.start : entry.start + num_bytes].view(entry.dtype).view(entry.shape)
 
 
-class ObjectStoreSync:
-    """Carrier for any two processes of a Ray cluster. Only one bucket is ever whole outside the store."""
+def plan_buckets(shapes: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], bucket_bytes: int) -> list[BucketLayout]:
+    """Layouts of about `bucket_bytes` for weights in this order; a larger weight gets a bucket of its own."""
+    layouts: list[BucketLayout] = []
+    entries: list[Entry] = []
+    end = 0
+    for name, dtype, shape in shapes:
+        num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        if entries and start + num_bytes > bucket_bytes:
+            layouts.append(BucketLayout(tuple(entries), end))
+            entries, start = [], 0
+        entries.append(Entry(name, dtype, tuple(shape), start))
+        end = start + num_bytes
+    if entries:
+        layouts.append(BucketLayout(tuple(entries), end))
+    return layouts
 
-    def __init__(self, bucket_bytes: int) -> None:
-        self.bucket_bytes = bucket_bytes
 
-    def send(self, weights: Iterator[tuple[str, torch.Tensor]], is_source: bool) -> list[ray.ObjectRef]:
-        """Put the weights into the store and return where. All ranks call it, since gathering a weight takes all
-        of them; only the source packs and returns."""
-        if is_source:
-            return [ray.put(bucket) for bucket in pack(weights, self.bucket_bytes)]
-        for _ in weights:
-            pass
-        return []
+class Carrier(Protocol):
+    """Moves one bucket at a time from training ranks to engine processes; each end has an instance.
 
-    def receive(self, references: list[ray.ObjectRef]) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, weight) of everything that was sent."""
-        for reference in references:
-            yield from ray.get(reference).unpack()
+    `every_rank`: whether each training rank sends its copy, or rank 0 alone. `together`: whether `send` returns
+    only when all receivers have called `receive`, which then get no payload.
+    """
+
+    every_rank: bool
+    together: bool
+
+    def __init__(self, device: torch.device) -> None: ...
+
+    def connect(self, host: str, port: int, rank: int, size: int) -> None:
+        """Meet the other end; rank 0 of `size` sends and has opened a TCPStore at host:port."""
+        ...
+
+    def send(self, data: torch.Tensor) -> Any:
+        """Hand over a bucket; returns what receivers need, small or shared enough to travel through Ray. The
+        bucket may be freed, and must not be written, after the second send behind this one."""
+        ...
+
+    def receive(self, layout: BucketLayout, payloads: list[Any]) -> torch.Tensor:
+        """The bucket, from what every sending rank returned."""
+        ...
+
+
+CARRIERS: Registry[type[Carrier]] = Registry("weight carrier (worker.rollout.weight_sync)")
+
+
+@CARRIERS.register("object_store")
+class ObjectStoreCarrier:
+    """Any two processes of a Ray cluster; on one machine they read the same shared memory."""
+
+    every_rank = False
+    together = False
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def connect(self, host: str, port: int, rank: int, size: int) -> None:
+        pass
+
+    def send(self, data: torch.Tensor) -> np.ndarray:
+        return data.cpu().numpy()
+
+    def receive(self, layout: BucketLayout, payloads: list[np.ndarray]) -> torch.Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given (buffer|NumPy array) is not writable")
+            return torch.from_numpy(payloads[0])
+
+
+@CARRIERS.register("ipc")
+class IPCCarrier:
+    """Processes on the same GPU (CUDA IPC), or on the same machine where models are on CPU (shared memory).
+
+    Each training rank sends the handle of its own copy, and an engine process opens the one on its own GPU.
+    """
+
+    every_rank = True
+    together = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.held: deque[torch.Tensor] = deque(maxlen=2)  # what receivers may still have to open
+
+    def connect(self, host: str, port: int, rank: int, size: int) -> None:
+        pass
+
+    def send(self, data: torch.Tensor) -> tuple[str, tuple]:
+        self.held.append(data)
+        if self.device.type == "cpu":
+            return _device_name(self.device), data.untyped_storage()._share_filename_cpu_()
+        from torch.multiprocessing.reductions import reduce_tensor
+
+        torch.cuda.current_stream(self.device).synchronize()  # the other process does not know this stream
+        return _device_name(self.device), reduce_tensor(data)[1]
+
+    def receive(self, layout: BucketLayout, payloads: list[tuple[str, tuple]]) -> torch.Tensor:
+        name = _device_name(self.device)
+        handles = dict(reversed(payloads))  # on CPU all ranks have one name: the first is as good as any
+        if name not in handles:
+            raise ValueError(
+                f"weight_sync=ipc: this engine runs on {name} and the training ranks on {', '.join(sorted(handles))}; "
+                "use worker.rollout.weight_sync=collective"
+            )
+        if self.device.type == "cpu":
+            storage = torch.UntypedStorage._new_shared_filename_cpu(*handles[name])
+            return torch.empty(0, dtype=torch.uint8).set_(storage)[: layout.num_bytes]
+        from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+        arguments = list(handles[name])
+        arguments[6] = self.device.index or 0  # the GPU's number there need not be its number here
+        return rebuild_cuda_tensor(*arguments)
+
+
+def _device_name(device: torch.device) -> str:
+    """A name that is the same in every process."""
+    return "cpu" if device.type == "cpu" else f"GPU {torch.cuda.get_device_properties(device).uuid}"
+
+
+@CARRIERS.register("collective")
+class CollectiveCarrier:
+    """Engines on other GPUs: rank 0 broadcasts to all of them, with NCCL, or gloo on CPU."""
+
+    every_rank = False
+    together = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.group: Any = None
+
+    def connect(self, host: str, port: int, rank: int, size: int) -> None:
+        # A group of its own: the default one is the trainer's, and in the engine vLLM's.
+        store = dist.TCPStore(host, port, is_master=False, timeout=CONNECT_TIMEOUT)
+        if self.device.type == "cpu":
+            prepare_gloo(host)
+            self.group = dist.ProcessGroupGloo(store, rank, size, CONNECT_TIMEOUT)
+        else:
+            torch.cuda.set_device(self.device)
+            self.group = dist.ProcessGroupNCCL(store, rank, size)
+
+    def send(self, data: torch.Tensor) -> None:
+        self._broadcast(data)
+
+    def receive(self, layout: BucketLayout, payloads: list[None]) -> torch.Tensor:
+        data = layout.empty(self.device)
+        self._broadcast(data)
+        return data
+
+    def _broadcast(self, data: torch.Tensor) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        self.group.broadcast([data], options).wait()
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()

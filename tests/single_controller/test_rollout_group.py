@@ -1,0 +1,110 @@
+"""Several engines as one: shares, order, weight syncs through every carrier, and engines that die."""
+
+from __future__ import annotations
+
+import pytest
+import ray
+import torch
+
+from tests.fakes.cluster import kill_one_while_it_generates, read_prompts, requests, start_cluster
+from tests.fakes.rows import row, write_parquet
+from verl.data.collate import join_responses
+from verl.single_controller.rollout_group import spread
+from verl.workers.actor.forward import TOKENS
+
+
+@pytest.fixture(scope="module")
+def cluster(assets, ray_cluster, tmp_path_factory):
+    rows = [
+        row(),
+        row("How much is 1+1? Think.", images=0),
+        row("<image>+<image>", images=2, width=84),
+        row("<image>?"),
+    ]
+    path = write_parquet(tmp_path_factory.mktemp("group") / "a.parquet", rows)
+    cluster = start_cluster(assets / "model", path, "worker.rollout.name=hf", "worker.rollout.data_parallel_size=2")
+    yield cluster
+    cluster.stop()
+
+
+def generate(cluster, prompts, sampling):
+    return cluster.rollout.result(cluster.rollout.generate(prompts, sampling))
+
+
+def test_shares_are_equal_in_tokens_and_hold_every_row_once():
+    lengths = [900, 10, 10, 10, 500, 20, 400, 10]
+    shares = spread(lengths, requests(8), 3)
+    assert sorted(row for share in shares for row in share) == list(range(8))
+    loads = [sum(lengths[row] + 36 for row in share) for share in shares]
+    assert max(loads) == 936 and all(share == sorted(share) for share in shares)
+    assert spread([5], requests(1), 3) == [[0], [], []]
+
+
+def test_two_replicas_give_what_one_gives_in_the_order_of_the_prompts(cluster):
+    prompts, sampling = read_prompts(cluster), requests(4)
+    together = generate(cluster, prompts, sampling)
+    for index in range(4):
+        alone = generate(cluster, prompts.rows(torch.tensor([index])), [sampling[index]])
+        width = alone["responses"].shape[1]
+        assert torch.equal(together["responses"][3 * index : 3 * index + 3, :width], alone["responses"])
+    assert len(together) == 12
+
+
+@pytest.mark.parametrize("carrier", ["object_store", "ipc", "collective"])
+def test_after_a_sync_every_replica_has_the_trained_weights(cluster, assets, carrier):
+    prompts, sampling = read_prompts(cluster), requests(4)
+    before = cluster.weights()
+    cluster.rollout.carrier = carrier
+    version = cluster.rollout.version
+    old = generate(cluster, prompts, sampling)
+    cluster.train(assets)
+    cluster.rollout.sync_weights(cluster.actor)
+    after = cluster.weights()
+    assert all((after[name] != before[name]).any() for name in before)  # every single weight has moved
+    new = generate(cluster, prompts, sampling)
+    assert (new["weight_version"] == version + 1).all() and (old["weight_version"] == version).all()
+    batch = join_responses(prompts, new, 3)
+    trainer = cluster.actor.compute_log_probs(batch.select([*TOKENS, "mm_inputs"]))["log_probs"]
+    assert (trainer - new["rollout_log_probs"]).abs().max() < 1e-4
+    width = min(old["responses"].shape[1], new["responses"].shape[1])
+    assert not torch.equal(old["responses"][:, :width], new["responses"][:, :width])
+
+
+def test_a_replica_that_is_killed_comes_back_with_the_weights_and_nothing_is_lost(cluster, assets, caplog):
+    prompts, sampling = read_prompts(cluster), requests(4, n=4, max_tokens=200)
+    cluster.train(assets, updates=1)
+    cluster.rollout.sync_weights(cluster.actor)
+    expected = generate(cluster, prompts, sampling)
+    with caplog.at_level("WARNING", logger="verl"):
+        found = kill_one_while_it_generates(cluster, prompts, sampling)
+    for name in ("responses", "response_mask", "weight_version"):
+        assert torch.equal(found[name], expected[name])
+    assert "rollout replica 1 failed while generating and is started again (failure 1 of 3)" in caplog.text
+    assert cluster.rollout.failures == 0
+
+
+def test_a_replica_that_died_between_steps_is_there_again_after_the_sync(cluster):
+    prompts, sampling = read_prompts(cluster), requests(4)
+    expected = generate(cluster, prompts, sampling)
+    ray.kill(cluster.rollout.replicas[0])
+    cluster.rollout.sync_weights(cluster.actor)
+    assert torch.equal(generate(cluster, prompts, sampling)["responses"], expected["responses"])
+
+
+def test_a_mistake_in_the_prompts_is_raised_and_not_tried_again(cluster):
+    prompts = read_prompts(cluster)
+    ids = prompts["prompt_ids"].clone()
+    ids[1, -3] = cluster.vision.config.image_token_id
+    before = cluster.rollout.process_ids()
+    with pytest.raises(ValueError, match="a.parquet:1: the prompt has 1 image tokens, and its 0 image"):
+        generate(cluster, prompts.with_columns({"prompt_ids": ids}), requests(4))
+    assert cluster.rollout.process_ids() == before
+
+
+def test_after_too_many_failures_in_a_row_the_engines_own_error_is_shown(cluster, monkeypatch):
+    prompts = read_prompts(cluster)
+    broken = prompts.with_columns({"prompt_ids": prompts["prompt_ids"].clone().fill_(10**6)})  # outside the vocabulary
+    monkeypatch.setattr(cluster.config.worker.rollout, "max_failures", 2)
+    with pytest.raises(RuntimeError, match="(?s)failure 2 in a row .*max_failures=2.*own error:.*index out of range"):
+        text_only = broken.rows(torch.tensor([1, 1]))
+        generate(cluster, text_only, requests(2))
