@@ -13,7 +13,7 @@ from verl.config.config import Config
 from verl.protocol import DataProto
 from verl.tracking import TRACKERS
 from verl.tracking.curves import draw_curves
-from verl.trainer.batch_metrics import reward_metrics, rollout_metrics
+from verl.trainer.batch_metrics import reward_metrics, rollout_metrics, warn_of_mismatch
 from verl.trainer.main import describe
 from verl.trainer.run_dir import RunDir
 
@@ -93,6 +93,16 @@ def test_metrics_of_rewards_and_of_engine_against_trainer():
     assert metrics["rollout/mismatch_kl"] == pytest.approx(expected, abs=1e-7)
     assert metrics["rollout/weight_version"] == 4
     assert metrics["rollout/response_length_mean"] == 2.5 and metrics["rollout/truncated"] == 0.5
+
+
+def test_an_engine_that_samples_from_another_policy_is_warned_of(caplog):
+    metrics = {"rollout/mismatch_kl": 0.3, "rollout/log_prob_diff_max": 2.0, "rollout/weight_version": 4.0}
+    for quiet in ({**metrics, "rollout/mismatch_kl": 0.01}, {}):
+        warn_of_mismatch(quiet, truncated_sampling=False)
+    warn_of_mismatch(metrics, truncated_sampling=True)
+    assert not caplog.records
+    warn_of_mismatch(metrics, truncated_sampling=False)
+    assert "rollout engine and trainer disagree: KL 0.3 nats per token" in caplog.text
 
 
 def test_the_end_of_a_run_in_words(tmp_path):

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from verl.protocol import DataProto
 from verl.workers.reward.manager import RewardScore
+
+logger = logging.getLogger(__name__)
+
+# Nats per token. In float32 it is below 1e-9, in bfloat16 between 1e-4 and 1e-2; stale weights or images give more.
+LARGE_MISMATCH = 0.02
 
 
 def reward_metrics(scores: list[RewardScore], group: torch.Tensor) -> dict[str, float]:
@@ -42,3 +49,19 @@ def rollout_metrics(batch: DataProto, max_response_length: int) -> dict[str, flo
         metrics["rollout/log_prob_diff_max"] = log_ratio.abs().max().item()
         metrics["rollout/mismatch_kl"] = (log_ratio.expm1() - log_ratio).mean().item()
     return metrics
+
+
+def warn_of_mismatch(metrics: dict[str, float], truncated_sampling: bool) -> None:
+    """Warn where the engine samples from another policy than the trainer trains.
+
+    With top-p or top-k the engine's distribution is another one by intent, and nothing is said.
+    """
+    mismatch = metrics.get("rollout/mismatch_kl", 0.0)
+    if mismatch > LARGE_MISMATCH and not truncated_sampling:
+        logger.warning(
+            "rollout engine and trainer disagree: KL %.3g nats per token, |difference of log-probs| up to %.3g "
+            "(weights version %d). The gradient is then off-policy",
+            mismatch,
+            metrics["rollout/log_prob_diff_max"],
+            metrics["rollout/weight_version"],
+        )

@@ -18,7 +18,7 @@ from verl.data.views import add_view
 from verl.data.vision import VisionProcessor
 from verl.metrics.timing import Timings
 from verl.protocol import DataProto, check_columns
-from verl.trainer.batch_metrics import reward_metrics, rollout_metrics
+from verl.trainer.batch_metrics import reward_metrics, rollout_metrics, warn_of_mismatch
 from verl.trainer.passes import run_passes
 from verl.trainer.workers import Workers
 from verl.workers.actor.forward import TOKENS
@@ -73,6 +73,8 @@ def run_step(run: Run, prompts: DataProto, epoch: int) -> StepResult:
         **{f"timing_s/{phase}": seconds for phase, seconds in timings.seconds.items()},
         **throughput(batch, timings),
     }
+    sampling = run.config.worker.rollout
+    warn_of_mismatch(metrics, truncated_sampling=sampling.top_p < 1 or sampling.top_k > 0)
     return StepResult(metrics, samples(batch, inputs, scores, run.config.trainer.samples_per_step))
 
 
