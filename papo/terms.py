@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from verl.algorithms.losses.estimators import k3
+from verl.algorithms.losses.estimators import SAMPLED, Estimator
 from verl.algorithms.losses.term import Columns, loss_term
 from verl.algorithms.losses.view_rows import only_view_rows
 from verl.columns import view_column
@@ -15,23 +15,70 @@ from verl.config.algorithm import LossTermConfig
 
 @dataclass
 class PerceptionKLConfig(LossTermConfig):
-    """Coefficient gamma; `view` names the corrupted view."""
+    """Coefficient gamma; `view` names the corrupted view.
+
+    `estimator`: see Estimator; `full` needs a view with grad=true. `detach` keeps the gradient out of the masked
+    branch even where its view is live. `cap`: tokens whose KL is larger count as `cap` and give no gradient.
+    `top_fraction`: of each response only this share of its tokens counts, those with the largest KL, and the mean is
+    taken over them. `incorrect_weight` multiplies the tokens of wrong responses (0: correct ones alone).
+    """
 
     kind: str = "perception_kl"
     coef: float = 0.01
     view: str = "masked"
+    estimator: Estimator = Estimator.k3
+    detach: bool = False
+    cap: float | None = None
+    top_fraction: float = 1.0
+    incorrect_weight: float = 1.0
+
+    def check(self, key: str) -> None:
+        super().check(key)
+        if self.cap is not None and self.cap <= 0:
+            raise ValueError(f"{key}.cap={self.cap}: a value above 0, or null for none")
+        if not 0 < self.top_fraction <= 1:
+            raise ValueError(f"{key}.top_fraction={self.top_fraction}: a share above 0 and at most 1 is needed")
+        if self.incorrect_weight < 0:
+            raise ValueError(f"{key}.incorrect_weight={self.incorrect_weight}: 0 or more is needed")
+
+
+def _full(config: PerceptionKLConfig) -> str:
+    return view_column(config.view, "full_kl_detached" if config.detach else "full_kl")
 
 
 def _requires(config: PerceptionKLConfig) -> tuple[str, ...]:
-    return ("log_probs", view_column(config.view, "log_probs"), view_column(config.view, "rows"))
+    if config.estimator == Estimator.full:
+        read = [_full(config)]
+    else:
+        read = ["log_probs", view_column(config.view, "log_probs")]
+    read += ["response_mask"] * (config.top_fraction < 1) + ["accuracy"] * (config.incorrect_weight != 1)
+    return (*read, view_column(config.view, "rows"))
 
 
-@loss_term("perception_kl", PerceptionKLConfig, requires=_requires, maximize=True)
+def _counted(config: PerceptionKLConfig, mask: torch.Tensor) -> torch.Tensor:
+    """[B] how many tokens of each response count."""
+    return torch.ceil(mask.sum(-1).double() * config.top_fraction).long()
+
+
+@loss_term("perception_kl", PerceptionKLConfig, requires=_requires, maximize=True, counted=_counted)
 def perception_kl(columns: Columns, config: PerceptionKLConfig) -> torch.Tensor:
-    """k3 estimate of KL(pi_theta || pi_mask) per token (arXiv 2507.06448, eq. 2), maximised.
+    """KL(pi_theta || pi_mask) per token (arXiv 2507.06448, eq. 2), maximised.
 
-    The ratio is pi_mask / pi_theta, as in the released code: for tokens drawn from pi_theta it makes k3 an
-    unbiased estimate of that KL. The paper prints the inverse, which estimates chi-squared minus KL.
+    The ratio of the sampled estimators is pi_mask / pi_theta, as in the released code: for tokens drawn from pi_theta
+    it makes k3 an unbiased estimate of that KL. The paper prints the inverse, which estimates chi-squared minus KL.
     """
-    values = k3(columns["log_probs"], columns[view_column(config.view, "log_probs")])
+    if config.estimator == Estimator.full:
+        values = columns[_full(config)]
+    else:
+        masked = columns[view_column(config.view, "log_probs")]
+        values = SAMPLED[config.estimator](columns["log_probs"], masked.detach() if config.detach else masked)
+    if config.cap is not None:
+        values = torch.clamp(values, max=config.cap)
+    if config.top_fraction < 1:
+        mask = columns["response_mask"]
+        ranked = values.detach().masked_fill(mask == 0, float("-inf")).argsort(dim=-1, descending=True, stable=True)
+        rank = ranked.argsort(dim=-1)
+        values = torch.where(rank < _counted(config, mask)[:, None], values, 0.0)
+    if config.incorrect_weight != 1:
+        values = values * torch.where(columns["accuracy"] > 0.5, 1.0, config.incorrect_weight)[:, None]
     return only_view_rows(values, columns, config.view)

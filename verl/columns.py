@@ -43,12 +43,30 @@ COLUMNS: dict[str, Column] = {
     "old_log_probs": Column("B R", torch.float32, "passes", "policy term", "of the policy that begins the step"),
     "ref_log_probs": Column("B R", torch.float32, "passes", "ref_kl term", "of the frozen reference"),
     "scores": Column("B", torch.float32, "reward", "advantage", "overall reward of a response"),
+    "accuracy": Column("B", torch.float32, "reward", "terms", "its component accuracy, 0 where it has none"),
     "advantages": Column("B R", torch.float32, "advantage", "policy term", "advantage of each token"),
     # One pair per view, here for the view `masked`:
     "masked_mm_inputs": Column("B", None, "views", "passes, actor", "image tensors of the corrupted images"),
     "masked_log_probs": Column("B R", torch.float32, "passes or actor", "papo terms", "given corrupted images"),
     "masked_rows": Column("B", torch.bool, "views", "view terms", "False where a prompt has no image to corrupt"),
 }
+
+
+# Columns over the whole vocabulary, which only the forward of the update makes: under the original view the first
+# one, under a view `v` each as v_<name>. The KL is that of the original view to the view.
+EXACT = ("full_entropy", "full_kl", "full_kl_detached")
+
+
+def split_exact(name: str) -> tuple[str, str]:
+    """(view, one of EXACT) of such a column; the view is empty for the original. Raises ValueError for another."""
+    for what in EXACT:
+        if name == what or name.endswith(f"_{what}"):
+            return name.removesuffix(what).removesuffix("_"), what
+    raise ValueError(f"'{name}' is no column over the whole vocabulary")
+
+
+def is_exact(name: str) -> bool:
+    return name.endswith(EXACT)
 
 
 def view_column(view: str, what: str) -> str:

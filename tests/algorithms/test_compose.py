@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from papo.terms import PerceptionKLConfig
 from verl.algorithms.losses.compose import Denominators, LossTerm, build_terms, compute_losses, reduce_values
 from verl.algorithms.losses.entropy import EntropyTermConfig
 from verl.algorithms.losses.term import LOSS_TERMS, TermKind
@@ -36,9 +39,9 @@ def by_hand(values: torch.Tensor, mask: torch.Tensor, average: LossAverage) -> f
 def test_shares_of_any_cut_add_up_to_the_mean(average, size):
     values, mask = batch()
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(size))
-    denominators = Denominators(*Denominators.count(mask).tolist())
+    denominators = Denominators(*Denominators.count(mask.sum(-1)).tolist())
     shares = [
-        reduce_values(v, m, average, denominators)
+        reduce_values(v, m, m.sum(-1), average, denominators)
         for v, m in zip(values[order].split(size), mask[order].split(size), strict=True)
     ]
     assert sum(shares).item() == pytest.approx(by_hand(values, mask, average), abs=1e-13)
@@ -53,7 +56,9 @@ def test_means_of_micro_batch_means_would_be_something_else():
 def test_padding_that_is_not_finite_does_not_reach_the_loss():
     values, mask = batch()
     values = values.masked_fill(mask == 0, float("nan")).requires_grad_()
-    share = reduce_values(values, mask, LossAverage.token, Denominators(*Denominators.count(mask).tolist()))
+    counted = mask.sum(-1)
+    denominators = Denominators(*Denominators.count(counted).tolist())
+    share = reduce_values(values, mask, counted, LossAverage.token, denominators)
     share.backward()
     assert torch.isfinite(share) and torch.isfinite(values.grad).all()
 
@@ -62,7 +67,7 @@ def test_a_coefficient_of_zero_gives_a_metric_and_no_loss():
     values, mask = batch()
     bag = MetricBag()
     terms = build_terms({"entropy": EntropyTermConfig(coef=0.0), "sharpen": EntropyTermConfig(coef=0.5)})
-    denominators = Denominators(*Denominators.count(mask).tolist())
+    denominators = dict.fromkeys(("entropy", "sharpen"), Denominators(*Denominators.count(mask.sum(-1)).tolist()))
     losses = compute_losses(terms, {"log_probs": values}, mask, LossAverage.token, denominators, bag)
     assert list(losses) == ["sharpen"]
     mean = by_hand(-values, mask, LossAverage.token)
@@ -70,10 +75,50 @@ def test_a_coefficient_of_zero_gives_a_metric_and_no_loss():
     assert bag.result()["actor/entropy"] == pytest.approx(mean)
 
 
+@pytest.mark.parametrize("average", list(LossAverage))
+@pytest.mark.parametrize("size", [1, 5, 12])
+def test_a_term_over_part_of_the_tokens_is_averaged_over_those(average, size):
+    """The mean of the 40 % largest of each response, however the batch is cut; upstream divides by all tokens."""
+    values, mask = batch()
+    values = values / 2  # k3 is cut off at 10
+    columns = {
+        "log_probs": torch.zeros_like(values),
+        "masked_log_probs": values,
+        "masked_rows": torch.ones(len(values), dtype=torch.bool),
+        "response_mask": mask,
+    }
+    terms = build_terms({"kl": PerceptionKLConfig(coef=1.0, top_fraction=0.4)})
+    denominators = {"kl": Denominators(*Denominators.count(terms[0].counted(mask)).tolist())}
+    bag, total = MetricBag(), 0.0
+    for rows in torch.arange(len(values)).split(size):
+        part = {name: column[rows] for name, column in columns.items()}
+        total += compute_losses(terms, part, mask[rows], average, denominators, bag)["kl"].item()
+    kept = []
+    for row, length in zip((values.exp() - 1 - values).tolist(), mask.sum(-1).tolist(), strict=True):
+        kept.append(sorted(row[:length], reverse=True)[: math.ceil(0.4 * length)])
+    means = [sum(row) / len(row) for row in kept if row]
+    tokens = [value for row in kept for value in row]
+    expected = sum(means) / len(means) if average == LossAverage.seq else sum(tokens) / len(tokens)
+    assert total == pytest.approx(-expected, abs=1e-12)
+    assert bag.result()["actor/kl"] == pytest.approx(sum(tokens) / len(tokens), abs=1e-12)
+
+
+def test_coefficients_of_the_step_replace_those_of_the_config():
+    values, mask = batch()
+    terms = build_terms({"sharpen": EntropyTermConfig(coef=0.5)})
+    denominators = {"sharpen": Denominators(*Denominators.count(mask.sum(-1)).tolist())}
+    arguments = (terms, {"log_probs": values}, mask, LossAverage.token, denominators)
+    full = compute_losses(*arguments, MetricBag())["sharpen"]
+    fifth = compute_losses(*arguments, MetricBag(), {"sharpen": 0.1})["sharpen"]
+    assert fifth.item() == pytest.approx(full.item() / 5)
+
+
 def test_a_term_that_reduces_is_refused_by_name():
-    kind = TermKind(
-        "greedy", lambda columns, config: columns["log_probs"].mean(), LossTermConfig, lambda c: (), 1.0, None
-    )
+
+    def greedy(columns, config):
+        return columns["log_probs"].mean()
+
+    kind = TermKind("greedy", greedy, LossTermConfig, lambda c: (), 1.0, None, lambda c, m: m.sum(-1))
     values, mask = batch()
     with pytest.raises(ValueError, match="loss term 'mine'.*one value per token"):
         compute_losses(
@@ -81,7 +126,7 @@ def test_a_term_that_reduces_is_refused_by_name():
             {"log_probs": values},
             mask,
             LossAverage.token,
-            Denominators(1, 1),
+            {"mine": Denominators(1, 1)},
             MetricBag(),
         )
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from papo.terms import PerceptionKLConfig
-from verl.algorithms.losses.entropy import EntropyTermConfig
+from verl.algorithms.losses.entropy import EntropyEstimator, EntropyTermConfig
+from verl.algorithms.losses.estimators import Estimator
 from verl.algorithms.losses.policy import PolicyTermConfig
 from verl.algorithms.losses.ref_kl import RefKLTermConfig
 from verl.algorithms.losses.term import LOSS_TERMS, TermOutput
@@ -112,6 +113,41 @@ def test_perception_kl_uses_masked_over_original_and_sends_gradient_into_both_vi
     rows = cols["masked_rows"][:, None]
     torch.testing.assert_close(original, torch.where(rows, 1 - rho, 0.0), atol=1e-12, rtol=0)
     torch.testing.assert_close(masked, torch.where(rows, rho - 1, 0.0), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_estimators_token_by_token_capped_detached_and_weighted(estimator):
+    cols = columns()
+    cols["accuracy"] = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
+    options = {"estimator": Estimator(estimator), "detach": True, "cap": 0.15, "incorrect_weight": 0.25}
+    values = evaluate(PerceptionKLConfig(**options), cols).values
+    capped = 0
+    for b in range(B):
+        for t in range(T):
+            log_rho = (cols["masked_log_probs"][b, t] - cols["log_probs"][b, t]).item()
+            formula = {"k1": -log_rho, "k2": log_rho**2 / 2, "k3": math.exp(log_rho) - log_rho - 1}[estimator]
+            capped += formula > 0.15
+            weight = (0.0 if b == 2 else 1.0) * (0.25 if b in (1, 3) else 1.0)
+            assert values[b, t].item() == pytest.approx(weight * min(formula, 0.15), abs=1e-12)
+    assert 0 < capped < B * T
+    own, masked = torch.autograd.grad(values.sum(), [cols["log_probs"], cols["masked_log_probs"]], allow_unused=True)
+    assert masked is None and (own == 0).sum() >= capped and (own != 0).any()
+
+
+def test_the_terms_over_the_whole_vocabulary_read_the_columns_of_the_forward():
+    cols = columns()
+    exact = {name: torch.rand(B, T) for name in ("full_entropy", "masked_full_entropy", "masked_full_kl")}
+    exact["masked_full_kl_detached"] = torch.rand(B, T)
+    rows = cols["masked_rows"][:, None]
+    for config, name in (
+        (PerceptionKLConfig(estimator=Estimator.full), "masked_full_kl"),
+        (PerceptionKLConfig(estimator=Estimator.full, detach=True), "masked_full_kl_detached"),
+        (EntropyTermConfig(estimator=EntropyEstimator.full, view="masked"), "masked_full_entropy"),
+    ):
+        assert name in LOSS_TERMS[config.kind].requires(config)
+        assert torch.equal(evaluate(config, {**cols, **exact}).values, torch.where(rows, exact[name], 0.0))
+    own = EntropyTermConfig(estimator=EntropyEstimator.full)
+    assert torch.equal(evaluate(own, exact).values, exact["full_entropy"])
 
 
 def test_perception_kl_is_maximised():

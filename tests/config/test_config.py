@@ -7,6 +7,8 @@ import logging
 import pytest
 
 from tests.fakes.readme import readme_term
+from verl.algorithms.losses.compose import build_terms
+from verl.config.algorithm import ScheduleConfig, Shape
 from verl.config.compose import compose_config, presets
 from verl.config.config import Config
 from verl.config.sizes import compute_sizes
@@ -171,3 +173,36 @@ def test_the_engine_is_vllm_where_it_is_installed_and_a_missing_one_is_refused(c
         assert config.worker.rollout.name == name and f"rollout engine: {name}" in caplog.text
     with pytest.raises(ValueError, match="worker.rollout.name=vllm, and vLLM is not installed: run .*install.sh"):
         check(preset("papo_grpo", "worker.rollout.name=vllm"))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (ScheduleConfig(), {1: 1.0, 50: 1.0, 100: 1.0}),
+        (ScheduleConfig(warmup_steps=4), {1: 0.2, 4: 0.8, 5: 1.0, 100: 1.0}),
+        (ScheduleConfig(Shape.linear, end=0.0), {1: 1.0, 50: 1 - 49 / 99, 100: 0.0}),
+        (ScheduleConfig(Shape.linear, end=3.0, steps=11), {1: 1.0, 6: 2.0, 11: 3.0, 100: 3.0}),
+        (ScheduleConfig(Shape.cosine, end=0.5, steps=21, warmup_steps=10), {5: 5 / 11, 11: 1.0, 16: 0.75, 21: 0.5}),
+    ],
+)
+def test_schedules_are_functions_of_the_step(schedule, expected):
+    for step, factor in expected.items():
+        assert schedule.factor(step, 100) == pytest.approx(factor)
+
+
+def test_a_schedule_is_set_like_everything_else_and_checked():
+    config = preset(
+        "papo_grpo",
+        "algorithm.terms.perception_kl.schedule.shape=linear",
+        "algorithm.terms.perception_kl.schedule.steps=100",
+    )
+    (term,) = [t for t in build_terms(config.algorithm.terms) if t.name == "perception_kl"]
+    assert term.coef(1, 200) == 0.02 and term.coef(100, 200) == 0.0
+    for override, message in (
+        ("perception_kl.schedule.end=-1", "perception_kl.schedule.end=-1"),
+        ("entropy.schedule.steps=0", "entropy.schedule.steps=0"),
+        ("perception_kl.top_fraction=0", "perception_kl.top_fraction=0"),
+        ("perception_kl.cap=-1", "perception_kl.cap=-1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check(preset("papo_grpo", f"algorithm.terms.{override}"))

@@ -13,11 +13,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from papo.corruption.random_patch import RandomPatchConfig
 from papo.terms import PerceptionKLConfig
 from verl.algorithms.losses.compose import build_terms
 from verl.algorithms.losses.entropy import EntropyTermConfig
 from verl.algorithms.losses.policy import PolicyTermConfig
 from verl.algorithms.losses.ref_kl import RefKLTermConfig
+from verl.algorithms.requirements import find_requirements
 from verl.config.algorithm import LossAverage, LossTermConfig
 from verl.config.worker import ActorConfig, ComputeDtype, FSDPConfig, ModelConfig
 from verl.data.vision import load_special_tokens
@@ -65,12 +67,14 @@ def build_actor(
     config = ActorConfig(**{"max_grad_norm": 1e9, "micro_batch_size_per_device_for_update": 100, **options})
     policy = build_sharded(model_config, fsdp, load_special_tokens(str(model)), config.logits_chunk_size, CPU)
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=lr)
+    built = build_terms(terms or papo_terms())
     return DataParallelActor(
         policy=policy,
         optimizer=optimizer,
         schedule=torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
-        terms=build_terms(terms or papo_terms()),
+        terms=built,
         live_views=("masked",) if live else (),
+        exact=find_requirements(built, {"masked": RandomPatchConfig(grad=live)}).exact,
         config=config,
         device=CPU,
     )
@@ -83,10 +87,11 @@ def weights(actor: DataParallelActor) -> dict[str, torch.Tensor]:
 
 def gradient(model: Path, batch: DataProto, **options: Any) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """(gradient of one mini-batch by weight, this rank's metrics)."""
-    mini_batches = options.pop("mini_batches", 1)
+    defaults = {"mini_batches": 1, "temperature": 1.0, "step": 1, "total_steps": 1}
+    arguments = [options.pop(name, default) for name, default in defaults.items()]
     actor = build_actor(model, **options)
     before = weights(actor)
-    metrics = actor.update_policy(batch, mini_batches, temperature=1.0)
+    metrics = actor.update_policy(batch, *arguments)
     after = weights(actor)
     return {name: before[name] - after[name] for name in before}, metrics.result()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import ray
 import torch
@@ -89,6 +92,28 @@ def test_a_replica_that_died_between_steps_is_there_again_after_the_sync(cluster
     ray.kill(cluster.rollout.replicas[0])
     cluster.rollout.sync_weights(cluster.actor)
     assert torch.equal(generate(cluster, prompts, sampling)["responses"], expected["responses"])
+
+
+@pytest.mark.parametrize("carrier", ["object_store", "collective"])
+def test_a_replica_that_dies_in_the_middle_of_a_sync_gets_the_weights_afterwards(cluster, assets, monkeypatch, carrier):
+    prompts, sampling = read_prompts(cluster), requests(4)
+    cluster.train(assets, updates=1)
+    monkeypatch.setattr(cluster.rollout, "carrier", carrier)
+    begin, killed = type(cluster.rollout)._connect, []
+
+    def connect_and_kill(receivers):
+        begin(cluster.rollout, receivers)
+        if not killed:
+            killed.append(cluster.rollout.process_ids()[1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    monkeypatch.setattr(cluster.rollout, "_connect", connect_and_kill)
+    cluster.rollout.sync_weights(cluster.actor)
+    assert killed and killed[0] not in cluster.rollout.process_ids()
+    found = generate(cluster, prompts, sampling)
+    batch = join_responses(prompts, found, 3).select([*TOKENS, "mm_inputs"])
+    trainer = cluster.actor.compute_log_probs(batch)["log_probs"]
+    assert (trainer - found["rollout_log_probs"]).abs().max() < 1e-4
 
 
 def test_a_mistake_in_the_prompts_is_raised_and_not_tried_again(cluster):

@@ -12,9 +12,10 @@ from papo.terms import PerceptionKLConfig
 from tests.fakes.actors import build_actor, gradient, on_ranks, papo_terms, process_group, weights
 from tests.fakes.rollouts import make_batch
 from tests.fakes.rows import row, write_parquet
-from verl.algorithms.losses.entropy import EntropyTermConfig
+from verl.algorithms.losses.entropy import EntropyEstimator, EntropyTermConfig
+from verl.algorithms.losses.estimators import Estimator
 from verl.algorithms.losses.policy import PolicyTermConfig
-from verl.config.algorithm import LossAverage
+from verl.config.algorithm import LossAverage, ScheduleConfig
 from verl.models.families import MODALITY_TOKENS
 from verl.workers.actor.dp_actor import compute_log_probs
 
@@ -52,6 +53,7 @@ def definition(model, batch, average=LossAverage.token):
         keep = batch["attention_mask"][i].bool()
         ids = batch["input_ids"][i][keep]
         vision = dict(batch[images][i])
+        vision.pop("image_ids", None)
         if vision:
             vision["mm_token_type_ids"] = (ids == plain.config.image_token_id).int()[None]
         logits = plain(input_ids=ids[None], **vision).logits[0, :-1].clone()
@@ -103,6 +105,69 @@ def test_gradient_of_the_whole_objective_is_that_of_its_definition(model, batch,
     found, _ = gradient(model, batch, loss_avg_mode=average)
     expected, _ = definition(model, batch, average)
     assert_same(found, expected)
+
+
+def whole_vocabulary(model, batch):
+    """-0.7 KL(pi || pi_mask) + 0.2 H + 0.4 H_mask, exact, on the plain model in float64, with its gradient."""
+    plain = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float64)
+    allowed = [v for v in range(plain.config.text_config.vocab_size) if v not in banned_ids(model)]
+
+    def distributions(i, images):
+        keep = batch["attention_mask"][i].bool()
+        ids, vision = batch["input_ids"][i][keep], dict(batch[images][i])
+        vision.pop("image_ids", None)
+        if vision:
+            vision["mm_token_type_ids"] = (ids == plain.config.image_token_id).int()[None]
+        logits = plain(input_ids=ids[None], **vision).logits[0, :-1][-int(batch["response_mask"][i].sum()) :]
+        return torch.log_softmax(logits[:, allowed] / 0.8, -1)
+
+    losses = []
+    for i in range(len(batch)):
+        own = distributions(i, "mm_inputs")
+        loss = -0.2 * (own.exp() * own).sum(-1)
+        if batch["masked_rows"][i]:
+            masked = distributions(i, "masked_mm_inputs")
+            loss = loss - 0.7 * (own.exp() * (own - masked)).sum(-1) - 0.4 * (masked.exp() * masked).sum(-1)
+        losses.append(loss)
+    torch.cat(losses).mean().backward()
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in plain.named_parameters()}
+
+
+FULL = {
+    "perception_kl": PerceptionKLConfig(coef=0.7, estimator=Estimator.full),
+    "entropy": EntropyTermConfig(coef=0.2, estimator=EntropyEstimator.full),
+    "masked_entropy": EntropyTermConfig(coef=0.4, estimator=EntropyEstimator.full, view="masked"),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch_size_per_device_for_update": 3, "logits_chunk_size": 4}])
+def test_gradient_of_the_terms_over_the_whole_vocabulary(model, mixed, options):
+    found, metrics = gradient(model, mixed, terms=FULL, temperature=0.8, **options)
+    assert_same(found, whole_vocabulary(model, mixed), tolerance=1e-5)
+    assert metrics["actor/perception_kl"] > 0 and metrics["actor/entropy"] > 1
+
+
+def test_the_estimators_see_the_same_divergence(model, batch):
+    """Between the first and last one only the noise of sampled tokens lies, and a detached branch changes no value."""
+    values = {}
+    for name, config in {
+        "full": PerceptionKLConfig(coef=1.0, estimator=Estimator.full),
+        "detached": PerceptionKLConfig(coef=1.0, estimator=Estimator.full, detach=True),
+    }.items():
+        moved, metrics = gradient(model, batch, terms={"kl": config})
+        values[name] = metrics["actor/kl"], moved
+    assert values["full"][0] == pytest.approx(values["detached"][0], rel=1e-6)
+    name = next(n for n in values["full"][1] if "lm_head" in n)
+    assert (values["full"][1][name] - values["detached"][1][name]).abs().max() > 1e-5
+
+
+def test_a_schedule_scales_its_term_and_is_logged(model, batch):
+    ramp = ScheduleConfig(warmup_steps=3)
+    scheduled = {"policy": PolicyTermConfig(coef=2.0, schedule=ramp)}
+    half, metrics = gradient(model, batch, terms=scheduled, step=2, total_steps=9)
+    whole, _ = gradient(model, batch, terms={"policy": PolicyTermConfig(coef=1.0)})
+    assert_same(half, whole)
+    assert metrics["actor/coef/policy"] == 1.0
 
 
 def test_gradient_with_text_only_and_multi_image_rows(model, mixed):

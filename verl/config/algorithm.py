@@ -16,6 +16,49 @@ class LossAverage(StrEnum):
     seq = "seq"
 
 
+class Shape(StrEnum):
+    """How a coefficient goes from 1 to `end` times its value."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+@dataclass
+class ScheduleConfig:
+    """A factor on a coefficient, a function of the step alone, so that a resumed run continues it.
+
+    It rises linearly from 0 over `warmup_steps`, then goes from 1 to `end` until step `steps` (default: the last of
+    the run), where it stays.
+    """
+
+    shape: Shape = Shape.constant
+    end: float = 0.0
+    steps: int | None = None
+    warmup_steps: int = 0
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """The factor in step `step`, counted from 1, of a run of `total_steps`."""
+        if step <= self.warmup_steps:
+            return step / (self.warmup_steps + 1)
+        if self.shape == Shape.constant:
+            return 1.0
+        last = self.steps or total_steps
+        progress = min(1.0, (step - self.warmup_steps - 1) / max(1, last - self.warmup_steps - 1))
+        if self.shape == Shape.cosine:
+            progress = 0.5 * (1 - math.cos(math.pi * progress))
+        return 1.0 + (self.end - 1.0) * progress
+
+    def check(self, key: str) -> None:
+        """Raise ValueError, naming `key`, where a value has no meaning."""
+        if not math.isfinite(self.end) or self.end < 0:
+            raise ValueError(f"{key}.end={self.end}: a factor of 0 or more is needed")
+        if self.warmup_steps < 0:
+            raise ValueError(f"{key}.warmup_steps={self.warmup_steps}: 0 or more is needed")
+        if self.steps is not None and self.steps <= self.warmup_steps:
+            raise ValueError(f"{key}.steps={self.steps}: more than {key}.warmup_steps={self.warmup_steps} are needed")
+
+
 @dataclass
 class LossTermConfig:
     """Base of every loss term's options. A term that is listed is computed; with coefficient 0 it is a metric.
@@ -25,6 +68,7 @@ class LossTermConfig:
 
     kind: str = MISSING
     coef: float = 0.0
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def check(self, key: str) -> None:
         """Raise ValueError, naming `key`, where a value has no meaning."""
@@ -33,6 +77,7 @@ class LossTermConfig:
                 f"{key}.coef={self.coef}: a finite value of 0 or more is needed; whether a term is minimised or "
                 "maximised belongs to the term, not to its sign here"
             )
+        self.schedule.check(f"{key}.schedule")
 
 
 @dataclass

@@ -54,12 +54,55 @@ def chunked_log_probs(
     def of_chunk(hidden_chunk: torch.Tensor, targets_chunk: torch.Tensor) -> torch.Tensor:
         return token_log_probs(head(hidden_chunk), targets_chunk, temperature, banned)
 
-    if len(hidden) <= chunk_size or not torch.is_grad_enabled():
-        chunks = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
-        return torch.cat([of_chunk(h, t) for h, t in chunks])
-    return torch.cat(
-        [
-            checkpoint(of_chunk, h, t, use_reentrant=False, preserve_rng_state=False)
-            for h, t in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
-        ]
-    )
+    return in_chunks(of_chunk, chunk_size, hidden, targets)
+
+
+def chunked_entropy(
+    hidden: torch.Tensor, head: Head, temperature: float, banned: torch.Tensor, chunk_size: int
+) -> torch.Tensor:
+    """Entropy [N] float32 in nats of softmax(head(hidden) / temperature) over the tokens that are not banned."""
+
+    def of_chunk(hidden_chunk: torch.Tensor) -> torch.Tensor:
+        probs, log_probs = _distribution(head(hidden_chunk), temperature, banned)
+        return -(probs * log_probs).sum(-1)
+
+    return in_chunks(of_chunk, chunk_size, hidden)
+
+
+def chunked_kl(
+    hidden: torch.Tensor,
+    other: torch.Tensor,
+    head: Head,
+    temperature: float,
+    banned: torch.Tensor,
+    chunk_size: int,
+    detach_other: bool,
+) -> torch.Tensor:
+    """KL [N] float32 in nats of the distribution after `hidden` to that after `other`, exact over the vocabulary.
+
+    Args:
+        hidden, other: [N, H].
+        detach_other: keep the gradient from everything behind the second distribution, the head's weights included.
+    """
+
+    def of_chunk(hidden_chunk: torch.Tensor, other_chunk: torch.Tensor) -> torch.Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not detach_other):
+            _, other_log_probs = _distribution(head(other_chunk), temperature, banned)
+        probs, log_probs = _distribution(head(hidden_chunk), temperature, banned)
+        return (probs * (log_probs - other_log_probs)).sum(-1)
+
+    return in_chunks(of_chunk, chunk_size, hidden, other)
+
+
+def _distribution(logits: torch.Tensor, temperature: float, banned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities and log-probs [N, V] in float32; both are 0 for banned tokens, so that their product is."""
+    log_probs = torch.log_softmax((logits.float() / temperature).index_fill(-1, banned, float("-inf")), dim=-1)
+    return log_probs.exp(), log_probs.index_fill(-1, banned, 0.0)
+
+
+def in_chunks(function: Callable[..., torch.Tensor], chunk_size: int, *tensors: torch.Tensor) -> torch.Tensor:
+    """`function` of `chunk_size` rows of the tensors at a time, joined; backward computes each chunk again."""
+    chunks = list(zip(*(tensor.split(chunk_size) for tensor in tensors), strict=True))
+    if len(chunks) <= 1 or not torch.is_grad_enabled():
+        return torch.cat([function(*chunk) for chunk in chunks])
+    return torch.cat([checkpoint(function, *c, use_reentrant=False, preserve_rng_state=False) for c in chunks])

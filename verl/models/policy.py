@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from verl.models.log_probs import chunked_log_probs
+from verl.models.log_probs import chunked_entropy, chunked_kl, chunked_log_probs
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A quantity of the whole next-token distribution: the entropy in `rows`, or, with `other_rows`, the KL from there
+    to other rows that have the same responses."""
+
+    rows: torch.Tensor
+    other_rows: torch.Tensor | None = None
+    detach_other: bool = False
 
 
 class PolicyModel(nn.Module):
@@ -33,8 +44,9 @@ class PolicyModel(nn.Module):
         image_grid_thw: torch.Tensor | None,
         image_owner: list[int],
         temperature: float,
-    ) -> torch.Tensor:
-        """Log-probs of the response tokens.
+        exact: Mapping[str, Exact] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Log-probs of the response tokens, and what is asked for of their whole distributions.
 
         Args:
             input_ids, attention_mask: [B, L], the last R columns are the response.
@@ -43,9 +55,10 @@ class PolicyModel(nn.Module):
             pixel_values, image_grid_thw: of the *different* images only, or None in a batch without images.
             image_owner: which of them each image place is, in the order of rows and of images in a row.
             temperature: divides the logits, as in sampling.
+            exact: by name.
 
         Returns:
-            [B, R] float32, 0 where `response_mask` is 0.
+            `log_probs` [B, R] and, for each name in `exact`, [rows, R]; float32, 0 where `response_mask` is 0.
         """
         features, anchor = self._encode_images(pixel_values, image_grid_thw, image_owner)
         hidden = self.inner.model(
@@ -59,13 +72,22 @@ class PolicyModel(nn.Module):
         # The state at position t predicts token t + 1, so the response's states begin one place before it.
         states = hidden[:, -num_response - 1 : -1]
         valid = response_mask.bool()
-        targets = input_ids[:, -num_response:][valid]
-        log_probs = chunked_log_probs(
-            states[valid], targets, self.inner.lm_head, temperature, self.banned, self.logits_chunk_size
-        )
-        result = log_probs.new_zeros(response_mask.shape)
-        result = result.masked_scatter(valid, log_probs)
-        return result if anchor is None else result + anchor
+        states = states[valid]
+        head = (self.inner.lm_head, temperature, self.banned, self.logits_chunk_size)
+        log_probs = chunked_log_probs(states, input_ids[:, -num_response:][valid], *head)
+        log_probs = log_probs.new_zeros(response_mask.shape).masked_scatter(valid, log_probs)
+        result = {"log_probs": log_probs if anchor is None else log_probs + anchor}
+        place = torch.cumsum(valid.flatten(), 0).view(valid.shape) - 1  # of each valid token among the states
+        for name, wanted in (exact or {}).items():
+            rows = valid[wanted.rows]
+            own = states[place[wanted.rows][rows]]
+            if wanted.other_rows is None:
+                values = chunked_entropy(own, *head)
+            else:
+                other = states[place[wanted.other_rows][valid[wanted.other_rows]]]
+                values = chunked_kl(own, other.detach() if wanted.detach_other else other, *head, wanted.detach_other)
+            result[name] = values.new_zeros(rows.shape).masked_scatter(rows, values)
+        return result
 
     def _encode_images(
         self, pixel_values: torch.Tensor | None, image_grid_thw: torch.Tensor | None, image_owner: list[int]

@@ -41,6 +41,11 @@ class Layout:
     gpus_per_replica: int = 1
     dedicated_gpus: int = 0
 
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether engines and trainer take turns on the same GPUs."""
+        return self.device == "cuda" and not self.dedicated_gpus
+
     def in_words(self) -> str:
         where = "GPU" if self.device == "cuda" else "CPU process"
         wide = f" over {self.gpus_per_replica} {where}s each" if self.gpus_per_replica > 1 else ""

@@ -176,11 +176,16 @@ class RolloutGroup:
             receivers.call(RolloutWorker.finish_weights, self.version)
             receivers.call(RolloutWorker.wake_cache)
         except RayTaskError as error:
-            # Where all must be there together, the death of one is an error of the others.
-            if not (carrier.together and receivers.lost):
-                raise
-            return dict.fromkeys(indices, error)
+            # Where all must be there together, the death of one is an error of the others: all begin anew.
+            if carrier.together and self._some_died(indices):
+                return dict.fromkeys(indices, error)
+            raise
         return receivers.lost
+
+    def _some_died(self, indices: list[int]) -> bool:
+        asked = Receivers({index: self.replicas[index] for index in indices})
+        asked.call(RolloutWorker.ready)
+        return bool(asked.lost)
 
     def _connect(self, receivers: Receivers) -> None:
         """Open the carrier at both ends."""
@@ -241,7 +246,7 @@ def choose_carrier(name: str, layout: Layout) -> str:
     CARRIERS[name]
     if layout.device == "cuda" and name == "ipc" and layout.dedicated_gpus:
         raise ValueError("worker.rollout.weight_sync=ipc: engines on GPUs of their own need collective (or auto)")
-    if layout.device == "cuda" and name == "collective" and not layout.dedicated_gpus:
+    if name == "collective" and layout.shares_gpus:
         raise ValueError("worker.rollout.weight_sync=collective: NCCL cannot reach the GPU it sends from; use ipc")
     return name
 

@@ -76,15 +76,16 @@ class ActorGroup(LogProbGroup):
         self.connect()
         return self.on_all(ActorWorker.build, total_updates)[0]
 
-    def update_policy(self, batch: DataProto, num_mini_batches: int) -> MetricBag:
-        """All updates of one step.
+    def update_policy(self, batch: DataProto, num_mini_batches: int, step: int = 1, total_steps: int = 1) -> MetricBag:
+        """All updates of step `step`, counted from 1.
 
         The batch is cut into consecutive mini-batches first and each of those among the ranks, so that what a
         mini-batch is made of does not depend on the number of ranks.
         """
         pieces = [mini_batch.chunk(self.size) for mini_batch in batch.chunk(num_mini_batches)]
         shards = [DataProto.concat([piece[rank] for piece in pieces]) for rank in range(self.size)]
-        return MetricBag.merged(self.on_shards(ActorWorker.update_policy, shards, num_mini_batches))
+        arguments = (num_mini_batches, step, total_steps)
+        return MetricBag.merged(self.on_shards(ActorWorker.update_policy, shards, *arguments))
 
     def send_through(self, carrier: str) -> tuple[str, int] | None:
         """Prepare to send weights; where sender and receivers must meet, returns (host, port)."""

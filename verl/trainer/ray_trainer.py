@@ -38,7 +38,7 @@ class RayTrainer:
         try:
             plan = self.plan
             workers = Workers.build(plan)
-            self.run = Run(plan.config, plan.sizes, plan.requirements, plan.vision, workers)
+            self.run = Run(plan.config, plan.sizes, plan.requirements, plan.vision, workers, plan.total_steps)
             with logging_redirect_tqdm():
                 validations = self._validate_only() if self.trainer.val_only else self._train()
             if self.trainer.save_model and not self.trainer.val_only:
@@ -66,7 +66,7 @@ class RayTrainer:
             validations |= _for_summary(metrics, "before")
         steps = tqdm(self._prompts(), total=self.plan.total_steps, desc="training", unit="step", smoothing=0.1)
         for step, (epoch, prompts) in enumerate(steps, start=1):
-            result = run_step(self.run, prompts, epoch)
+            result = run_step(self.run, prompts, epoch, step)
             self.run_dir.add_samples(step, "train", result.samples)
             last = step == self.plan.total_steps
             due = self.trainer.val_freq and step % self.trainer.val_freq == 0

@@ -35,6 +35,7 @@ class Run:
     requirements: Requirements
     vision: VisionProcessor
     workers: Workers
+    total_steps: int
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class StepResult:
     samples: list[dict[str, Any]]
 
 
-def run_step(run: Run, prompts: DataProto, epoch: int) -> StepResult:
+def run_step(run: Run, prompts: DataProto, epoch: int, step: int) -> StepResult:
     """Generate, score, compute log-probs and advantages, update, and give the engine the new weights."""
     timings = Timings()
     with timings("step"):
@@ -63,7 +64,8 @@ def run_step(run: Run, prompts: DataProto, epoch: int) -> StepResult:
             scores = ray.get(scoring)
         batch, group = add_advantages(run, batch, scores)
         with timings("update"):
-            updated = run.workers.actor.update_policy(update_columns(run, batch), run.sizes.mini_batches)
+            columns = update_columns(run, batch)
+            updated = run.workers.actor.update_policy(columns, run.sizes.mini_batches, step, run.total_steps)
         with timings("weight_sync"):
             run.workers.rollout.sync_weights(run.workers.actor)
     metrics = {
@@ -87,18 +89,20 @@ def add_views(run: Run, prompts: DataProto, epoch: int) -> DataProto:
 
 
 def add_advantages(run: Run, batch: DataProto, scores: list[RewardScore]) -> tuple[DataProto, torch.Tensor]:
-    """The batch with `scores` and `advantages`, and the group [B] of each row: rows of one prompt share it."""
+    """The batch with `scores`, `accuracy` (0 where the reward has no such component) and `advantages`, and the group
+    [B] of each row: rows of one prompt share it."""
     number = {uid: i for i, uid in enumerate(dict.fromkeys(batch["uid"]))}
     group = torch.tensor([number[uid] for uid in batch["uid"]])
     overall = torch.tensor([score["overall"] for score in scores], dtype=torch.float32)
     estimate = ADVANTAGES[run.config.algorithm.adv_estimator]
     advantages = estimate(overall, group, batch["response_mask"])
-    return batch.with_columns({"scores": overall, "advantages": advantages}), group
+    accuracy = torch.tensor([score.get("accuracy", 0.0) for score in scores], dtype=torch.float32)
+    return batch.with_columns({"scores": overall, "accuracy": accuracy, "advantages": advantages}), group
 
 
 def update_columns(run: Run, batch: DataProto) -> DataProto:
     """Only what the update reads: every other column would cross Ray for nothing."""
-    names = [*TOKENS, "mm_inputs", "scores", "advantages", "rollout_log_probs"]
+    names = [*TOKENS, "mm_inputs", "scores", "accuracy", "advantages", "rollout_log_probs"]
     names += [name for name in ("old_log_probs", "ref_log_probs") if name in batch]
     for view in run.requirements.views:
         names.append(view_column(view, "rows"))

@@ -33,31 +33,33 @@ class Workers:
         """Start every worker and wait until all are ready. Raises what a worker raised."""
         config, layout = plan.config, plan.layout
         trains = not config.trainer.val_only
+        refers = trains and plan.requirements.reference
         placement = place_ranks(layout, config.trainer.nnodes)
-        roles = 2 + trains + (trains and plan.requirements.reference)
-        with tqdm(total=roles, desc="starting workers", unit="role", leave=False) as bar:
-            workers = cls(
-                actor=ActorGroup(config, layout, placement) if trains else None,
-                reference=ReferenceGroup(config, layout, placement) if trains and plan.requirements.reference else None,
-                rollout=RolloutGroup(config, layout, placement, plan.vision.special.pad),
-                reward=ray.remote(RewardWorker)
-                .options(**actor_options(layout, None, 0, 0, threads=1))
-                .remote(config.worker.reward),
-            )
-            if workers.actor is not None:
-                parameters = workers.actor.build(plan.total_steps * plan.sizes.updates_per_step)
+
+        def start_rollout() -> RolloutGroup:
+            return RolloutGroup(config, layout, placement, plan.vision.special.pad)
+
+        with tqdm(total=2 + trains + refers, desc="starting workers", unit="role", leave=False) as bar:
+            # An engine measures the free memory of its GPU when it starts: a trainer on that GPU has to be there first.
+            rollout = None if layout.shares_gpus else start_rollout()
+            reward = ray.remote(RewardWorker).options(**actor_options(layout, None, 0, 0, threads=1))
+            reward = reward.remote(config.worker.reward)
+            actor = ActorGroup(config, layout, placement) if trains else None
+            reference = ReferenceGroup(config, layout, placement) if refers else None
+            if actor is not None:
+                parameters = actor.build(plan.total_steps * plan.sizes.updates_per_step)
+                logger.info("policy with %.2fM parameters", parameters / 1e6)
                 bar.update()
-            if workers.reference is not None:
-                workers.reference.build()
+            if reference is not None:
+                reference.build()
                 bar.update()
-            workers.rollout.build()
+            rollout = rollout or start_rollout()
+            rollout.build()
             bar.update()
-            ray.get(workers.reward.ready.remote())
+            ray.get(reward.ready.remote())
             bar.update()
-        if workers.actor is not None:
-            logger.info("policy with %.2fM parameters", parameters / 1e6)
         logger.info("%s; rollout engine %s", layout.in_words(), config.worker.rollout.name)
-        return workers
+        return cls(actor, reference, rollout, reward)
 
     def start_reward(self, inputs: list[RewardInput]) -> ray.ObjectRef:
         """Begin to score; the reference stands for a list[RewardScore]."""

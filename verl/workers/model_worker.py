@@ -96,20 +96,23 @@ class ActorWorker(ModelWorker):
         terms = build_terms(algorithm.terms)
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
         optimizer = build_optimizer(trainable, actor.optim)
+        requirements = find_requirements(terms, algorithm.views)
         self.actor = DataParallelActor(
             policy=self.policy,
             optimizer=optimizer,
             schedule=build_schedule(optimizer, actor.optim, total_updates),
             terms=terms,
-            live_views=find_requirements(terms, algorithm.views).live_views,
+            live_views=requirements.live_views,
+            exact=requirements.exact,
             config=actor,
             device=self.device,
         )
         return sum(p.numel() for p in self.policy.parameters())
 
-    def update_policy(self, batch: DataProto, num_mini_batches: int) -> MetricBag:
+    def update_policy(self, batch: DataProto, num_mini_batches: int, step: int, total_steps: int) -> MetricBag:
         """All updates of one step on this rank's rows; returns its metrics."""
-        return self.actor.update_policy(batch, num_mini_batches, self.config.worker.rollout.temperature)
+        temperature = self.config.worker.rollout.temperature
+        return self.actor.update_policy(batch, num_mini_batches, temperature, step, total_steps)
 
     def send_through(self, carrier: str) -> tuple[str, int] | None:
         """Prepare a carrier; where sender and receivers must meet, returns (host, port) on the sending rank."""

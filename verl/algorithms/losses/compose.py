@@ -28,6 +28,14 @@ class LossTerm:
     def requires(self) -> tuple[str, ...]:
         return self.kind.requires(self.config)
 
+    def counted(self, mask: torch.Tensor) -> torch.Tensor:
+        """[B] how many tokens of each response the term's mean is taken over; `mask` [B, T]."""
+        return self.kind.counted(self.config, mask)
+
+    def coef(self, step: int, total_steps: int) -> float:
+        """The coefficient in step `step`, counted from 1."""
+        return self.config.coef * self.config.schedule.factor(step, total_steps)
+
 
 def build_terms(configs: Mapping[str, LossTermConfig]) -> list[LossTerm]:
     """The configured terms, in order. Raises ValueError for an unknown kind."""
@@ -36,29 +44,30 @@ def build_terms(configs: Mapping[str, LossTermConfig]) -> list[LossTerm]:
 
 @dataclass(frozen=True)
 class Denominators:
-    """Valid tokens and sequences of one whole mini-batch, over all micro-batches and ranks."""
+    """Tokens and sequences of one whole mini-batch that a term counts, over all micro-batches and ranks."""
 
     tokens: float
     sequences: float
 
     @staticmethod
-    def count(mask: torch.Tensor) -> torch.Tensor:
-        """[tokens, sequences] of a mask [B, T]; add these over ranks, then make a Denominators of the sum."""
-        return torch.stack([mask.sum(), (mask.sum(-1) > 0).sum()]).double()
+    def count(counted: torch.Tensor) -> torch.Tensor:
+        """[tokens, sequences] from the counted tokens [B] of each response; add these over ranks, then make a
+        Denominators of the sum."""
+        return torch.stack([counted.sum(), (counted > 0).sum()]).double()
 
 
 def reduce_values(
-    values: torch.Tensor, mask: torch.Tensor, average: LossAverage, denominators: Denominators
+    values: torch.Tensor, mask: torch.Tensor, counted: torch.Tensor, average: LossAverage, denominators: Denominators
 ) -> torch.Tensor:
     """This part's share of the mini-batch mean of `values` [B, T] over `mask` [B, T]; shares add up to the mean.
 
-    `token`: every valid token counts alike. `seq`: the mean of each sequence's own mean.
+    `token`: every token of the `counted` [B] ones counts alike. `seq`: the mean of each sequence's own mean.
     """
     # where, not a product: a value that is not finite at a padded position must not reach the loss.
     valid = torch.where(mask.bool(), values, 0.0)
     if average == LossAverage.token:
         return valid.sum() / max(denominators.tokens, 1.0)
-    per_sequence = valid.sum(-1) / mask.sum(-1).clamp(min=1)
+    per_sequence = valid.sum(-1) / counted.clamp(min=1)
     return per_sequence.sum() / max(denominators.sequences, 1.0)
 
 
@@ -67,13 +76,20 @@ def compute_losses(
     columns: Columns,
     mask: torch.Tensor,
     average: LossAverage,
-    denominators: Denominators,
+    denominators: Mapping[str, Denominators],
     metrics: MetricBag,
+    coefs: Mapping[str, float] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Each term's signed, weighted share of the loss, as name -> scalar; the loss is their sum.
 
     Token sums of every term's values and further metrics are added to `metrics`. A term with coefficient 0 is
     computed for its metric alone and left out of the result.
+
+    Args:
+        columns: what the terms read.
+        mask: [B, T].
+        denominators: of each term, by its name.
+        coefs: coefficients in this step, by name; by default those of the config.
     """
     losses = {}
     for term in terms:
@@ -85,10 +101,13 @@ def compute_losses(
                 f"loss term '{term.name}' returned values of shape {tuple(output.values.shape)}; a term returns "
                 f"one value per token, {tuple(mask.shape)}, and leaves the reduction to the framework"
             )
-        metrics.add_tokens(term.metric, output.values.detach(), mask)
+        counted = term.counted(mask)
+        total = torch.where(mask.bool(), output.values.detach(), 0.0).double().sum()
+        metrics.add(term.metric, total.item(), counted.sum().item())
         for name, values in output.metrics.items():
             metrics.add_tokens(f"actor/{name}", values.detach(), mask)
         if term.config.coef != 0:
-            share = reduce_values(output.values, mask, average, denominators)
-            losses[term.name] = term.kind.sign * term.config.coef * share
+            share = reduce_values(output.values, mask, counted, average, denominators[term.name])
+            coef = term.config.coef if coefs is None else coefs[term.name]
+            losses[term.name] = term.kind.sign * coef * share
     return losses

@@ -1,8 +1,9 @@
-"""Entropy of the sampled tokens, under the original or another view."""
+"""Entropy of the policy, under the original or another view."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 
@@ -12,28 +13,40 @@ from verl.columns import view_column
 from verl.config.algorithm import LossTermConfig
 
 
+class EntropyEstimator(StrEnum):
+    """`sampled`: -log pi of the sampled tokens; `full`: the entropy itself, over the whole vocabulary."""
+
+    sampled = "sampled"
+    full = "full"
+
+
 @dataclass
 class EntropyTermConfig(LossTermConfig):
     """`view`: empty for the policy as it sees the image, else the name of a view."""
 
     kind: str = "entropy"
     view: str = ""
+    estimator: EntropyEstimator = EntropyEstimator.sampled
+
+
+def _column(config: EntropyTermConfig) -> str:
+    what = "log_probs" if config.estimator == EntropyEstimator.sampled else "full_entropy"
+    return view_column(config.view, what) if config.view else what
 
 
 def _requires(config: EntropyTermConfig) -> tuple[str, ...]:
-    if not config.view:
-        return ("log_probs",)
-    return (view_column(config.view, "log_probs"), view_column(config.view, "rows"))
+    return (_column(config), *([view_column(config.view, "rows")] if config.view else []))
 
 
 @loss_term("entropy", EntropyTermConfig, requires=_requires)
 def entropy(columns: Columns, config: EntropyTermConfig) -> torch.Tensor:
-    """-log pi of the sampled tokens, minimised: PAPO's double entropy (arXiv 2507.06448, section 5.3) is this
-    term twice, over the original and the masked view. The paper's H carries the other sign by mistake.
+    """The entropy per token, minimised: PAPO's double entropy (arXiv 2507.06448, section 5.3) is this term twice,
+    over the original and the masked view. The paper's H carries the other sign by mistake.
 
-    It is the sampled-token estimate of the entropy's value. Its gradient is not that of the entropy: on-policy
-    its expectation is zero, and what it does is to sharpen the policy towards what was sampled.
+    `sampled`, as in the released code, is -log pi of the sampled tokens. It estimates the entropy's value, and its
+    gradient is not that of the entropy: on-policy its expectation is zero, and what it does is to sharpen the policy
+    towards what was sampled. `full` has the entropy's own gradient.
     """
-    if not config.view:
-        return -columns["log_probs"]
-    return only_view_rows(-columns[view_column(config.view, "log_probs")], columns, config.view)
+    values = columns[_column(config)]
+    values = -values if config.estimator == EntropyEstimator.sampled else values
+    return only_view_rows(values, columns, config.view) if config.view else values

@@ -33,7 +33,8 @@ class TermKind:
 
     `requires` names the columns it reads, or computes them from the term's config. `sign` is +1 where the
     term's values are minimised and -1 where they are maximised: a coefficient in a config is then always
-    positive, and the logged metric is always the natural quantity.
+    positive, and the logged metric is always the natural quantity. `counted` gives, from config and mask [B, T],
+    how many tokens [B] of each response the mean is taken over; the values of all others are 0.
     """
 
     name: str
@@ -42,9 +43,14 @@ class TermKind:
     requires: Callable[[Any], tuple[str, ...]]
     sign: float
     metric: str | None
+    counted: Callable[[Any, torch.Tensor], torch.Tensor]
 
 
 LOSS_TERMS: Registry[TermKind] = Registry("loss term")
+
+
+def _all(config: Any, mask: torch.Tensor) -> torch.Tensor:
+    return mask.sum(-1)
 
 
 def loss_term(
@@ -53,6 +59,7 @@ def loss_term(
     requires: tuple[str, ...] | Callable[[Any], tuple[str, ...]],
     maximize: bool = False,
     metric: str | None = None,
+    counted: Callable[[Any, torch.Tensor], torch.Tensor] | None = None,
 ) -> Callable[[TermFunction], TermFunction]:
     """Decorator: register a pure function `(columns, config) -> [B, T] values` as the loss term `name`.
 
@@ -62,13 +69,14 @@ def loss_term(
         requires: the columns it reads. Columns that no pass has to compute (`response_mask`, `advantages`) may
             be named too.
         maximize: its values are subtracted from the loss instead of added.
+        counted: for a term that takes part of the tokens, (config, mask [B, T]) -> [B] how many of each response.
         metric: the metric's name under `actor/`; by default the name that the term has in the config.
     """
     from verl.config.store import store_option
 
     def add(function: TermFunction) -> TermFunction:
         requires_of = requires if callable(requires) else lambda _config: tuple(requires)
-        kind = TermKind(name, function, config, requires_of, -1.0 if maximize else 1.0, metric)
+        kind = TermKind(name, function, config, requires_of, -1.0 if maximize else 1.0, metric, counted or _all)
         LOSS_TERMS.register(name)(kind)
         store_option("term", name, config)
         return function

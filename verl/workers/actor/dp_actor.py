@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from verl.algorithms.losses.compose import Denominators, LossTerm, compute_losses
 from verl.columns import view_column
+from verl.config.algorithm import ScheduleConfig
 from verl.config.worker import ActorConfig
 from verl.metrics.bag import MetricBag
 from verl.models.policy import PolicyModel
@@ -20,7 +21,8 @@ from verl.workers.actor.forward import ORIGINAL, forward_views
 logger = logging.getLogger(__name__)
 
 # Columns of a batch that loss terms may read, besides those that their forward makes.
-STORED_SUFFIXES = ("log_probs", "advantages", "scores", "response_mask", "_rows")
+STORED_SUFFIXES = ("log_probs", "advantages", "scores", "accuracy", "response_mask", "_rows")
+ALL = ""  # stands for all valid tokens among the denominators of the terms
 
 
 @torch.no_grad()
@@ -56,14 +58,18 @@ class DataParallelActor:
     live_views: tuple[str, ...]
     config: ActorConfig
     device: torch.device
+    exact: tuple[str, ...] = ()
     skipped_in_a_row: int = 0
     nonfinite_terms: set[str] = field(default_factory=set)
 
-    def update_policy(self, batch: DataProto, num_mini_batches: int, temperature: float) -> MetricBag:
+    def update_policy(
+        self, batch: DataProto, num_mini_batches: int, temperature: float, step: int = 1, total_steps: int = 1
+    ) -> MetricBag:
         """Clipped policy loss plus every other term; one optimizer update per mini-batch and epoch.
 
         Args:
             batch: this rank's rows, mini-batch after mini-batch, each with equally many.
+            step: counted from 1, of `total_steps`; coefficients may follow a schedule.
 
         Returns:
             this rank's metrics, to be merged over ranks.
@@ -73,33 +79,47 @@ class DataParallelActor:
         """
         self.policy.train()
         metrics = MetricBag()
+        coefs = {term.name: term.coef(step, total_steps) for term in self.terms}
+        for term in self.terms:
+            if term.config.schedule != ScheduleConfig():
+                metrics.add(f"actor/coef/{term.name}", coefs[term.name])
         for epoch in range(self.config.ppo_epochs):
             for number, mini_batch in enumerate(batch.chunk(num_mini_batches)):
                 denominators = self._count(mini_batch["response_mask"])
                 for rows in mini_batch.split(self.config.micro_batch_size_per_device_for_update):
-                    self._backward(rows, denominators, temperature, metrics, first=epoch == number == 0)
+                    self._backward(rows, denominators, temperature, metrics, coefs, first=epoch == number == 0)
                 self._step(metrics)
         return metrics
 
-    def _count(self, mask: torch.Tensor) -> Denominators:
-        """Valid tokens and sequences of the mini-batch over all ranks, which every micro-batch divides by."""
-        counts = Denominators.count(mask).to(self.device)
+    def _count(self, mask: torch.Tensor) -> dict[str, Denominators]:
+        """What each term counts in the mini-batch over all ranks, and every micro-batch divides by."""
+        counts = torch.stack([Denominators.count(c) for c in (mask.sum(-1), *(t.counted(mask) for t in self.terms))])
+        counts = counts.to(self.device)
         dist.all_reduce(counts)
-        return Denominators(*counts.tolist())
+        names = [ALL, *(term.name for term in self.terms)]
+        return {name: Denominators(*pair) for name, pair in zip(names, counts.tolist(), strict=True)}
 
     def _backward(
-        self, rows: DataProto, denominators: Denominators, temperature: float, metrics: MetricBag, first: bool
+        self,
+        rows: DataProto,
+        denominators: dict[str, Denominators],
+        temperature: float,
+        metrics: MetricBag,
+        coefs: dict[str, float],
+        first: bool,
     ) -> None:
         """Forward, losses and backward of one micro-batch; gradients add up in the parameters."""
-        live = forward_views(self.policy, rows, [ORIGINAL, *self.live_views], temperature, self.device)
+        views = [ORIGINAL, *self.live_views]
+        live = forward_views(self.policy, rows, views, temperature, self.device, self.exact)
         stored = {n: t.to(self.device) for n, t in rows.tensors.items() if n.endswith(STORED_SUFFIXES)}
         mask = stored["response_mask"]
         if first and "old_log_probs" in stored:
             # Nothing has been updated yet: whatever differs here is numerics, and should be almost 0.
             difference = (live["log_probs"].detach() - stored["old_log_probs"])[mask.bool()]
             metrics.add_max("actor/first_log_ratio_max", difference.abs().max().item() if len(difference) else 0.0)
-        losses = compute_losses(self.terms, {**stored, **live}, mask, self.config.loss_avg_mode, denominators, metrics)
-        gradients = self._gradients_by_term(losses, live, mask, denominators, metrics)
+        average = self.config.loss_avg_mode
+        losses = compute_losses(self.terms, {**stored, **live}, mask, average, denominators, metrics, coefs)
+        gradients = self._gradients_by_term(losses, live, mask, denominators[ALL], metrics)
         # FSDP averages over ranks; the denominators are global already, so the shares must be summed.
         torch.autograd.backward(list(live.values()), [g * dist.get_world_size() for g in gradients])
 

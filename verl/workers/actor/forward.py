@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from verl.columns import view_column
-from verl.models.policy import PolicyModel
+from verl.columns import split_exact, view_column
+from verl.models.policy import Exact, PolicyModel
 from verl.protocol import DataProto
 
 ORIGINAL = ""
@@ -16,14 +18,24 @@ TOKENS = ("input_ids", "attention_mask", "position_ids", "response_mask")
 
 
 def forward_views(
-    policy: PolicyModel, batch: DataProto, views: list[str], temperature: float, device: torch.device
+    policy: PolicyModel,
+    batch: DataProto,
+    views: list[str],
+    temperature: float,
+    device: torch.device,
+    exact: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
     """Log-probs [B, R] of `batch` under each view, as column name -> tensor, in one forward of the model.
 
-    ORIGINAL is the policy as it sees the real images. Rows that a view does not cover (no image) are left out
-    of its part of the forward and get 0. One forward over both views gathers the sharded weights once.
+    ORIGINAL is the policy as it sees the real images; it comes first where `exact` asks for a divergence from it.
+    Rows that a view does not cover (no image) are left out of its part of the forward and get 0. One forward over
+    both views gathers the sharded weights once.
+
+    Args:
+        exact: columns `full_entropy`, `<view>_full_entropy`, `<view>_full_kl` and `<view>_full_kl_detached` to
+            compute over the whole vocabulary (see `verl.columns.EXACT`).
     """
-    parts, selected = [], []
+    parts, selected = [], {}
     for view in views:
         rows = torch.arange(len(batch))
         if view != ORIGINAL:
@@ -31,17 +43,39 @@ def forward_views(
         images = "mm_inputs" if view == ORIGINAL else view_column(view, "mm_inputs")
         part = batch.select([*TOKENS, images]).rows(rows)
         parts.append(DataProto(part.tensors, {"mm_inputs": part.objects[images]}))
-        selected.append(rows.to(device))
-    log_probs = policy(**model_inputs(DataProto.concat(parts), device), temperature=temperature)
-    # The model saw as many response columns as the longest response has; the rest is padding in every row.
-    log_probs = F.pad(log_probs, (0, batch["response_mask"].shape[1] - log_probs.shape[1]))
-    result, at = {}, 0
-    for view, rows in zip(views, selected, strict=True):
-        part, at = log_probs[at : at + len(rows)], at + len(rows)
-        if len(rows) < len(batch):
-            part = part.new_zeros(len(batch), part.shape[1]).index_copy(0, rows, part)
-        result[view_column(view, "log_probs") if view else "log_probs"] = part
+        selected[view] = rows.to(device)
+    starts = dict(zip(views, accumulate([0, *map(len, parts)]), strict=False))
+    wanted = {name: _exact(name, selected, starts) for name in exact}
+    found = policy(**model_inputs(DataProto.concat(parts), device), temperature=temperature, exact=wanted)
+    width = batch["response_mask"].shape[1]
+    result = {}
+    for view, rows in selected.items():
+        own = found["log_probs"][starts[view] : starts[view] + len(rows)]
+        result[_column(view, "log_probs")] = _all_rows(own, rows, len(batch), width)
+    for name in exact:
+        view, _ = split_exact(name)
+        result[name] = _all_rows(found[name], selected[view], len(batch), width)
     return result
+
+
+def _column(view: str, what: str) -> str:
+    return view_column(view, what) if view else what
+
+
+def _exact(name: str, selected: dict[str, torch.Tensor], starts: dict[str, int]) -> Exact:
+    """The rows of the joined forward that the column `name` is made of."""
+    view, what = split_exact(name)
+    rows = starts[view] + torch.arange(len(selected[view]), device=selected[view].device)
+    if what == "full_entropy":
+        return Exact(rows)
+    return Exact(selected[view], rows, detach_other=what == "full_kl_detached")
+
+
+def _all_rows(values: torch.Tensor, rows: torch.Tensor, count: int, width: int) -> torch.Tensor:
+    """[count, width] with `values` in `rows`. The model saw as many response columns as the longest response has;
+    the rest is padding in every row."""
+    values = F.pad(values, (0, width - values.shape[1]))
+    return values if len(rows) == count else values.new_zeros(count, width).index_copy(0, rows, values)
 
 
 def model_inputs(batch: DataProto, device: torch.device) -> dict[str, Any]:
