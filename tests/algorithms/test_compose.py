@@ -11,6 +11,8 @@ from verl.algorithms.losses.term import LOSS_TERMS, TermKind
 from verl.config.algorithm import LossAverage, LossTermConfig
 from verl.metrics.bag import MetricBag
 
+MAX_LENGTH = 20  # wider than any batch here: the constant is the config's, not the padding's
+
 
 def batch(rows: int = 12, width: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(4)
@@ -20,6 +22,10 @@ def batch(rows: int = 12, width: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
     return values, (torch.arange(width)[None] < lengths[:, None]).long()
 
 
+def counted(mask: torch.Tensor) -> Denominators:
+    return Denominators(*Denominators.count(mask).tolist(), MAX_LENGTH)
+
+
 def by_hand(values: torch.Tensor, mask: torch.Tensor, average: LossAverage) -> float:
     rows = [
         [v for v, m in zip(vs, ms, strict=True) if m] for vs, ms in zip(values.tolist(), mask.tolist(), strict=True)
@@ -27,7 +33,7 @@ def by_hand(values: torch.Tensor, mask: torch.Tensor, average: LossAverage) -> f
     if average == LossAverage.token:
         tokens = [v for row in rows for v in row]
         return sum(tokens) / len(tokens)
-    means = [sum(row) / len(row) for row in rows if row]
+    means = [sum(row) / (MAX_LENGTH if average == LossAverage.seq_sum else len(row)) for row in rows if row]
     return sum(means) / len(means)
 
 
@@ -36,7 +42,7 @@ def by_hand(values: torch.Tensor, mask: torch.Tensor, average: LossAverage) -> f
 def test_shares_of_any_cut_add_up_to_the_mean(average, size):
     values, mask = batch()
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(size))
-    denominators = Denominators(*Denominators.count(mask).tolist())
+    denominators = counted(mask)
     shares = [
         reduce_values(v, m, average, denominators)
         for v, m in zip(values[order].split(size), mask[order].split(size), strict=True)
@@ -50,10 +56,19 @@ def test_means_of_micro_batch_means_would_be_something_else():
     assert abs(sum(naive) / 3 - by_hand(values, mask, LossAverage.token)) > 1e-3
 
 
+def test_seq_sum_weighs_a_token_alike_whatever_the_length_of_its_response():
+    values = torch.ones(2, 4, requires_grad=True)
+    mask = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 0]])
+    share = reduce_values(values, mask, LossAverage.seq_sum, Denominators(tokens=4, sequences=2, max_length=8))
+    share.backward()
+    assert share.item() == (1 / 8 + 3 / 8) / 2
+    torch.testing.assert_close(values.grad, mask / 16)
+
+
 def test_padding_that_is_not_finite_does_not_reach_the_loss():
     values, mask = batch()
     values = values.masked_fill(mask == 0, float("nan")).requires_grad_()
-    share = reduce_values(values, mask, LossAverage.token, Denominators(*Denominators.count(mask).tolist()))
+    share = reduce_values(values, mask, LossAverage.token, counted(mask))
     share.backward()
     assert torch.isfinite(share) and torch.isfinite(values.grad).all()
 
@@ -62,7 +77,7 @@ def test_a_coefficient_of_zero_gives_a_metric_and_no_loss():
     values, mask = batch()
     bag = MetricBag()
     terms = build_terms({"entropy": EntropyTermConfig(coef=0.0), "sharpen": EntropyTermConfig(coef=0.5)})
-    denominators = Denominators(*Denominators.count(mask).tolist())
+    denominators = counted(mask)
     losses = compute_losses(terms, {"log_probs": values}, mask, LossAverage.token, denominators, bag)
     assert list(losses) == ["sharpen"]
     mean = by_hand(-values, mask, LossAverage.token)
@@ -81,7 +96,7 @@ def test_a_term_that_reduces_is_refused_by_name():
             {"log_probs": values},
             mask,
             LossAverage.token,
-            Denominators(1, 1),
+            Denominators(1, 1, 1),
             MetricBag(),
         )
 

@@ -27,6 +27,7 @@ from verl.workers.actor.dp_actor import DataParallelActor
 from verl.workers.fsdp.wrap import build_sharded, whole
 
 CPU = torch.device("cpu")
+MAX_RESPONSE_LENGTH = 10
 
 
 def papo_terms() -> dict[str, LossTermConfig]:
@@ -72,6 +73,7 @@ def build_actor(
         terms=build_terms(terms or papo_terms()),
         live_views=("masked",) if live else (),
         config=config,
+        max_response_length=MAX_RESPONSE_LENGTH,
         device=CPU,
     )
 

@@ -103,6 +103,7 @@ class ActorWorker(ModelWorker):
             terms=terms,
             live_views=find_requirements(terms, algorithm.views).live_views,
             config=actor,
+            max_response_length=self.config.data.max_response_length,
             device=self.device,
         )
         return sum(p.numel() for p in self.policy.parameters())

@@ -55,6 +55,7 @@ class DataParallelActor:
     terms: list[LossTerm]
     live_views: tuple[str, ...]
     config: ActorConfig
+    max_response_length: int
     device: torch.device
     skipped_in_a_row: int = 0
     nonfinite_terms: set[str] = field(default_factory=set)
@@ -85,7 +86,7 @@ class DataParallelActor:
         """Valid tokens and sequences of the mini-batch over all ranks, which every micro-batch divides by."""
         counts = Denominators.count(mask).to(self.device)
         dist.all_reduce(counts)
-        return Denominators(*counts.tolist())
+        return Denominators(*counts.tolist(), self.max_response_length)
 
     def _backward(
         self, rows: DataProto, denominators: Denominators, temperature: float, metrics: MetricBag, first: bool
