@@ -14,6 +14,8 @@ from verl.algorithms.losses.term import LOSS_TERMS, TermKind
 from verl.config.algorithm import LossAverage, LossTermConfig
 from verl.metrics.bag import MetricBag
 
+MAX_LENGTH = 20  # wider than any batch here: the constant is the config's, not the padding's
+
 
 def batch(rows: int = 12, width: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(4)
@@ -23,6 +25,10 @@ def batch(rows: int = 12, width: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
     return values, (torch.arange(width)[None] < lengths[:, None]).long()
 
 
+def counted(mask: torch.Tensor) -> Denominators:
+    return Denominators(*Denominators.count(mask.sum(-1)).tolist(), MAX_LENGTH)
+
+
 def by_hand(values: torch.Tensor, mask: torch.Tensor, average: LossAverage) -> float:
     rows = [
         [v for v, m in zip(vs, ms, strict=True) if m] for vs, ms in zip(values.tolist(), mask.tolist(), strict=True)
@@ -30,7 +36,7 @@ def by_hand(values: torch.Tensor, mask: torch.Tensor, average: LossAverage) -> f
     if average == LossAverage.token:
         tokens = [v for row in rows for v in row]
         return sum(tokens) / len(tokens)
-    means = [sum(row) / len(row) for row in rows if row]
+    means = [sum(row) / (MAX_LENGTH if average == LossAverage.seq_sum else len(row)) for row in rows if row]
     return sum(means) / len(means)
 
 
@@ -39,7 +45,7 @@ def by_hand(values: torch.Tensor, mask: torch.Tensor, average: LossAverage) -> f
 def test_shares_of_any_cut_add_up_to_the_mean(average, size):
     values, mask = batch()
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(size))
-    denominators = Denominators(*Denominators.count(mask.sum(-1)).tolist())
+    denominators = counted(mask)
     shares = [
         reduce_values(v, m, m.sum(-1), average, denominators)
         for v, m in zip(values[order].split(size), mask[order].split(size), strict=True)
@@ -53,12 +59,20 @@ def test_means_of_micro_batch_means_would_be_something_else():
     assert abs(sum(naive) / 3 - by_hand(values, mask, LossAverage.token)) > 1e-3
 
 
+def test_seq_sum_weighs_a_token_alike_whatever_the_length_of_its_response():
+    values = torch.ones(2, 4, requires_grad=True)
+    mask = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 0]])
+    denominators = Denominators(tokens=4, sequences=2, max_length=8)
+    share = reduce_values(values, mask, mask.sum(-1), LossAverage.seq_sum, denominators)
+    share.backward()
+    assert share.item() == (1 / 8 + 3 / 8) / 2
+    torch.testing.assert_close(values.grad, mask / 16)
+
+
 def test_padding_that_is_not_finite_does_not_reach_the_loss():
     values, mask = batch()
     values = values.masked_fill(mask == 0, float("nan")).requires_grad_()
-    counted = mask.sum(-1)
-    denominators = Denominators(*Denominators.count(counted).tolist())
-    share = reduce_values(values, mask, counted, LossAverage.token, denominators)
+    share = reduce_values(values, mask, mask.sum(-1), LossAverage.token, counted(mask))
     share.backward()
     assert torch.isfinite(share) and torch.isfinite(values.grad).all()
 
@@ -67,7 +81,7 @@ def test_a_coefficient_of_zero_gives_a_metric_and_no_loss():
     values, mask = batch()
     bag = MetricBag()
     terms = build_terms({"entropy": EntropyTermConfig(coef=0.0), "sharpen": EntropyTermConfig(coef=0.5)})
-    denominators = dict.fromkeys(("entropy", "sharpen"), Denominators(*Denominators.count(mask.sum(-1)).tolist()))
+    denominators = dict.fromkeys(("entropy", "sharpen"), counted(mask))
     losses = compute_losses(terms, {"log_probs": values}, mask, LossAverage.token, denominators, bag)
     assert list(losses) == ["sharpen"]
     mean = by_hand(-values, mask, LossAverage.token)
@@ -88,7 +102,7 @@ def test_a_term_over_part_of_the_tokens_is_averaged_over_those(average, size):
         "response_mask": mask,
     }
     terms = build_terms({"kl": PerceptionKLConfig(coef=1.0, top_fraction=0.4)})
-    denominators = {"kl": Denominators(*Denominators.count(terms[0].counted(mask)).tolist())}
+    denominators = {"kl": Denominators(*Denominators.count(terms[0].counted(mask)).tolist(), MAX_LENGTH)}
     bag, total = MetricBag(), 0.0
     for rows in torch.arange(len(values)).split(size):
         part = {name: column[rows] for name, column in columns.items()}
@@ -98,7 +112,12 @@ def test_a_term_over_part_of_the_tokens_is_averaged_over_those(average, size):
         kept.append(sorted(row[:length], reverse=True)[: math.ceil(0.4 * length)])
     means = [sum(row) / len(row) for row in kept if row]
     tokens = [value for row in kept for value in row]
-    expected = sum(means) / len(means) if average == LossAverage.seq else sum(tokens) / len(tokens)
+    sums = [sum(row) / MAX_LENGTH for row in kept if row]
+    expected = {
+        LossAverage.token: sum(tokens) / len(tokens),
+        LossAverage.seq: sum(means) / len(means),
+        LossAverage.seq_sum: sum(sums) / len(sums),
+    }[average]
     assert total == pytest.approx(-expected, abs=1e-12)
     assert bag.result()["actor/kl"] == pytest.approx(sum(tokens) / len(tokens), abs=1e-12)
 
@@ -106,7 +125,7 @@ def test_a_term_over_part_of_the_tokens_is_averaged_over_those(average, size):
 def test_coefficients_of_the_step_replace_those_of_the_config():
     values, mask = batch()
     terms = build_terms({"sharpen": EntropyTermConfig(coef=0.5)})
-    denominators = {"sharpen": Denominators(*Denominators.count(mask.sum(-1)).tolist())}
+    denominators = {"sharpen": counted(mask)}
     arguments = (terms, {"log_probs": values}, mask, LossAverage.token, denominators)
     full = compute_losses(*arguments, MetricBag())["sharpen"]
     fifth = compute_losses(*arguments, MetricBag(), {"sharpen": 0.1})["sharpen"]
@@ -126,7 +145,7 @@ def test_a_term_that_reduces_is_refused_by_name():
             {"log_probs": values},
             mask,
             LossAverage.token,
-            {"mine": Denominators(1, 1)},
+            {"mine": Denominators(1, 1, 1)},
             MetricBag(),
         )
 

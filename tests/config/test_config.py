@@ -55,6 +55,13 @@ def test_papo_needs_reference_and_live_view_and_a_term_removed_takes_its_pass_al
     assert not found.reference
 
 
+@pytest.mark.parametrize("kind", ["gspo", "cispo"])
+def test_another_policy_loss_takes_the_place_of_the_clipped_one(kind):
+    overrides = ["algorithm.adv_estimator=dr_grpo", "worker.actor.loss_avg_mode=seq_sum"]
+    config = preset("papo_grpo", f"term@algorithm.terms.policy={kind}", *overrides)
+    assert check(config).old and config.algorithm.terms["policy"].kind == kind
+
+
 def test_one_seed_reaches_everything_unless_it_is_given_apart():
     config = preset("papo_grpo", "trainer.seed=7", "data.seed=9")
     assert (config.worker.rollout.seed, config.data.seed) == (7, 9)
@@ -106,6 +113,7 @@ def test_unknown_presets_and_missing_values_are_named():
         (["worker.actor.global_batch_size=100"], "not a multiple of worker.actor.global_batch_size=100.*Try .*=96"),
         (["trainer.n_gpus_per_node=7"], "640 responses, which 7 ranks .* cannot share equally"),
         (["worker.rollout.n=1"], "worker.rollout.n=1: grpo compares"),
+        (["worker.rollout.n=1", "algorithm.adv_estimator=rloo"], "worker.rollout.n=1: rloo compares"),
         (["worker.rollout.temperature=0"], "worker.rollout.temperature=0.0: a value above 0"),
         (["worker.rollout.top_p=1.5"], "worker.rollout.top_p=1.5"),
         (["worker.rollout.top_k=0"], "worker.rollout.top_k=0"),

@@ -29,6 +29,7 @@ from verl.workers.actor.dp_actor import DataParallelActor
 from verl.workers.fsdp.wrap import build_sharded, whole
 
 CPU = torch.device("cpu")
+MAX_RESPONSE_LENGTH = 10
 
 
 def papo_terms() -> dict[str, LossTermConfig]:
@@ -76,6 +77,7 @@ def build_actor(
         live_views=("masked",) if live else (),
         exact=find_requirements(built, {"masked": RandomPatchConfig(grad=live)}).exact,
         config=config,
+        max_response_length=MAX_RESPONSE_LENGTH,
         device=CPU,
     )
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from papo.terms import PerceptionKLConfig
-from tests.fakes.actors import build_actor, gradient, on_ranks, papo_terms, process_group, weights
+from tests.fakes.actors import MAX_RESPONSE_LENGTH, build_actor, gradient, on_ranks, papo_terms, process_group, weights
 from tests.fakes.rollouts import make_batch
 from tests.fakes.rows import row, write_parquet
 from verl.algorithms.losses.entropy import EntropyEstimator, EntropyTermConfig
@@ -77,7 +77,11 @@ def definition(model, batch, average=LossAverage.token):
             masked = log_probs(i, "masked_mm_inputs")
             loss = loss - 0.7 * k3(own, masked) - 0.4 * masked
         losses.append(loss)
-    total = torch.cat(losses).mean() if average == LossAverage.token else torch.stack([x.mean() for x in losses]).mean()
+    total = {
+        LossAverage.token: torch.cat(losses).mean(),
+        LossAverage.seq: torch.stack([x.mean() for x in losses]).mean(),
+        LossAverage.seq_sum: torch.stack([x.sum() for x in losses]).mean() / MAX_RESPONSE_LENGTH,
+    }[average]
     total.backward()
     zero = {name: torch.zeros_like(p) for name, p in plain.named_parameters()}
     return {n: p.grad if p.grad is not None else zero[n] for n, p in plain.named_parameters()}, total.item()

@@ -10,10 +10,12 @@ from omegaconf import MISSING
 
 
 class LossAverage(StrEnum):
-    """How per-token values become one number: over all valid tokens, or over sequences of token means."""
+    """How per-token values become one number: over all valid tokens, over sequences of token means, or over
+    sequences of token sums divided by data.max_response_length."""
 
     token = "token"
     seq = "seq"
+    seq_sum = "seq_sum"
 
 
 class Shape(StrEnum):

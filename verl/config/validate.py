@@ -34,6 +34,9 @@ POSITIVE = (
     "trainer.n_gpus_per_node",
 )
 
+# They compare responses to one prompt: with one response every advantage is 0.
+GROUP_ESTIMATORS = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
+
 
 def validate(config: Config) -> None:
     """Check what no single dataclass can, before anything is built.
@@ -94,8 +97,10 @@ def _check_rollout(config: Config) -> None:
         raise ValueError("worker.rollout.val_override_config.temperature: 0 (the likeliest token) or more is needed")
     if validation.n is not None and validation.n < 1:
         raise ValueError(f"worker.rollout.val_override_config.n={validation.n}: 1 or more is needed")
-    if config.algorithm.adv_estimator == "grpo" and rollout.n < 2:
-        raise ValueError("worker.rollout.n=1: grpo compares responses to one prompt, it needs 2 or more")
+    if config.algorithm.adv_estimator in GROUP_ESTIMATORS and rollout.n < 2:
+        raise ValueError(
+            f"worker.rollout.n=1: {config.algorithm.adv_estimator} compares responses to one prompt, it needs 2 or more"
+        )
     if not 0 < rollout.gpu_memory_utilization <= 1:
         raise ValueError(
             f"worker.rollout.gpu_memory_utilization={rollout.gpu_memory_utilization}: a share of the GPU, above 0 and "

@@ -105,6 +105,7 @@ class ActorWorker(ModelWorker):
             live_views=requirements.live_views,
             exact=requirements.exact,
             config=actor,
+            max_response_length=self.config.data.max_response_length,
             device=self.device,
         )
         return sum(p.numel() for p in self.policy.parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from verl.algorithms.advantage.registry import ADVANTAGES
+from verl.algorithms.groups import group_mean, group_size, group_sum
 
 EPSILON = 1e-6
 
@@ -23,12 +24,6 @@ def grpo(scores: torch.Tensor, group: torch.Tensor, response_mask: torch.Tensor)
     Returns:
         [B, T], 0 at padding.
     """
-    # float64, because in float32 the rounding of a group of equal scores is not small against EPSILON.
-    scores = scores.double()
-    _, index, counts = torch.unique(group, return_inverse=True, return_counts=True)
-    counts = counts.to(scores.dtype)
-    sums = torch.zeros_like(counts).index_add_(0, index, scores)
-    centred = scores - (sums / counts)[index]
-    squares = torch.zeros_like(counts).index_add_(0, index, centred**2)
-    std = torch.sqrt(squares / (counts - 1).clamp(min=1))
-    return (centred / (std[index] + EPSILON)).float()[:, None] * response_mask
+    centred = scores.double() - group_mean(scores, group)
+    std = torch.sqrt(group_sum(centred**2, group) / (group_size(group) - 1).clamp(min=1))
+    return (centred / (std + EPSILON)).float()[:, None] * response_mask

@@ -44,10 +44,12 @@ def build_terms(configs: Mapping[str, LossTermConfig]) -> list[LossTerm]:
 
 @dataclass(frozen=True)
 class Denominators:
-    """Tokens and sequences of one whole mini-batch that a term counts, over all micro-batches and ranks."""
+    """Tokens and sequences of one whole mini-batch that a term counts, over all micro-batches and ranks, and the
+    constant length in tokens that `seq_sum` divides by, which no batch changes."""
 
     tokens: float
     sequences: float
+    max_length: int
 
     @staticmethod
     def count(counted: torch.Tensor) -> torch.Tensor:
@@ -62,12 +64,15 @@ def reduce_values(
     """This part's share of the mini-batch mean of `values` [B, T] over `mask` [B, T]; shares add up to the mean.
 
     `token`: every token of the `counted` [B] ones counts alike. `seq`: the mean of each sequence's own mean.
+    `seq_sum`: the mean of each sequence's sum / max_length, so that a token of a long response counts no less than one
+    of a short response, whatever else is in the batch (Dr. GRPO, arXiv 2503.20783, section 3.2).
     """
     # where, not a product: a value that is not finite at a padded position must not reach the loss.
     valid = torch.where(mask.bool(), values, 0.0)
     if average == LossAverage.token:
         return valid.sum() / max(denominators.tokens, 1.0)
-    per_sequence = valid.sum(-1) / counted.clamp(min=1)
+    lengths = denominators.max_length if average == LossAverage.seq_sum else counted.clamp(min=1)
+    per_sequence = valid.sum(-1) / lengths
     return per_sequence.sum() / max(denominators.sequences, 1.0)
 
 

@@ -6,29 +6,19 @@ from dataclasses import dataclass
 
 import torch
 
+from verl.algorithms.losses.clip import ClipTermConfig, bounded
 from verl.algorithms.losses.term import Columns, TermOutput, loss_term
-from verl.config.algorithm import LossTermConfig
-
-# exp(20) is the largest ratio that a float32 sum of a batch survives; a policy that far away is clipped anyway.
-MAX_LOG_RATIO = 20.0
 
 
 @dataclass
-class PolicyTermConfig(LossTermConfig):
+class PolicyTermConfig(ClipTermConfig):
     """Clip range [1 - clip_ratio_low, 1 + clip_ratio_high]; `clip_ratio_dual` bounds the loss where A < 0."""
 
     kind: str = "policy"
-    coef: float = 1.0
-    clip_ratio_low: float = 0.2
-    clip_ratio_high: float = 0.3
     clip_ratio_dual: float = 3.0
 
     def check(self, key: str) -> None:
         super().check(key)
-        if not 0 <= self.clip_ratio_low <= 1:
-            raise ValueError(f"{key}.clip_ratio_low={self.clip_ratio_low}: a value from 0 to 1 is needed")
-        if self.clip_ratio_high < 0:
-            raise ValueError(f"{key}.clip_ratio_high={self.clip_ratio_high}: a value of 0 or more is needed")
         if self.clip_ratio_dual <= 1:
             raise ValueError(f"{key}.clip_ratio_dual={self.clip_ratio_dual}: a value above 1 is needed")
 
@@ -38,7 +28,7 @@ def policy(columns: Columns, config: PolicyTermConfig) -> TermOutput:
     """-min(rA, clip(r)A) per token with r = pi/pi_old (PPO, arXiv 1707.06347, eq. 7), clip-higher (DAPO, arXiv
     2503.14476, eq. 10) and, where A < 0, the dual clip max(., cA) (arXiv 1912.09729, eq. 5)."""
     advantages = columns["advantages"]
-    log_ratio = torch.clamp(columns["log_probs"] - columns["old_log_probs"], -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = bounded(columns["log_probs"] - columns["old_log_probs"])
     ratio = torch.exp(log_ratio)
     low, high = 1.0 - config.clip_ratio_low, 1.0 + config.clip_ratio_high
     unclipped = -ratio * advantages

@@ -57,6 +57,7 @@ class DataParallelActor:
     terms: list[LossTerm]
     live_views: tuple[str, ...]
     config: ActorConfig
+    max_response_length: int
     device: torch.device
     exact: tuple[str, ...] = ()
     skipped_in_a_row: int = 0
@@ -97,7 +98,8 @@ class DataParallelActor:
         counts = counts.to(self.device)
         dist.all_reduce(counts)
         names = [ALL, *(term.name for term in self.terms)]
-        return {name: Denominators(*pair) for name, pair in zip(names, counts.tolist(), strict=True)}
+        pairs = zip(names, counts.tolist(), strict=True)
+        return {name: Denominators(*pair, self.max_response_length) for name, pair in pairs}
 
     def _backward(
         self,
