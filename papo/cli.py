@@ -23,7 +23,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one sub-command. Exits with 1 and a line that says why where what it was given is at fault."""
     if "random_patch" not in VIEW_CONFIGS:  # nothing has loaded the plugins
         register()
-    options = parser().parse_args(arguments)
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    # argparse finds key=value only right behind IMAGE; behind an option they are left over.
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+        top.error(f"unknown: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
     try:
         options.run(options)
     except (ValueError, FileNotFoundError) as error:
@@ -47,7 +53,7 @@ def add_mask(commands: argparse._SubParsersAction) -> None:
     command.add_argument("--out", metavar="PATH", help="default: IMAGE_masked.png, next to IMAGE")
     command.add_argument("--seed", type=int, default=1, help="of the mask (default: %(default)s)")
     command.add_argument("--model", metavar="MODEL", help="whose image size stage=resized means; a folder or hub name")
-    command.add_argument("options", nargs="*", metavar="key=value", help="of the strategy, as in algorithm.views")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="of the strategy, as in algorithm.views")
     command.set_defaults(run=mask)
 
 
@@ -55,7 +61,7 @@ def mask(options: argparse.Namespace) -> None:
     """Write the picture and its masked view side by side."""
     from verl.data.vision import VisionProcessor, open_image  # transformers takes seconds, --help should not
 
-    config = strategy_config(options.strategy, options.options)
+    config = strategy_config(options.strategy, options.overrides)
     image = open_image(options.image, None)
     if config.stage == ViewStage.resized:
         if options.model is None:
@@ -72,21 +78,23 @@ def mask(options: argparse.Namespace) -> None:
     sys.stdout.write(f"{out}\n")
 
 
-def strategy_config(strategy: str, options: list[str]) -> ViewConfig:
+def strategy_config(strategy: str, overrides: list[str]) -> ViewConfig:
     """The checked options of `strategy` from key=value texts. Raises ValueError naming what is at fault."""
     config_class = VIEW_CONFIGS[strategy]
-    for option in options:
-        if "=" not in option:
-            raise ValueError(f"'{option}' is no key=value")
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"'{override}' is no key=value")
     try:
-        raw = OmegaConf.merge(OmegaConf.structured(config_class), OmegaConf.from_dotlist(options))
+        raw = OmegaConf.merge(OmegaConf.structured(config_class), OmegaConf.from_dotlist(overrides))
         missing = sorted(OmegaConf.missing_keys(raw))
         if missing:
             raise ValueError(f"{strategy} needs {', '.join(f'{key}=...' for key in missing)}")
         config = OmegaConf.to_object(raw)
     except OmegaConfBaseException as error:
         known = ", ".join(key for key in OmegaConf.structured(config_class) if key != "kind")
-        raise ValueError(f"{strategy} with {' '.join(options)}: {error.msg}; its options: {known}") from error
+        raise ValueError(
+            f"{strategy} with {' '.join(overrides)}: {error.msg.splitlines()[0]}; its options: {known}"
+        ) from error
     config.check(strategy)
     if config.kind != strategy or config.column:
         raise ValueError("kind is given by --strategy, and column needs a dataset: neither can be an option here")

@@ -34,7 +34,7 @@ def gaussian_noise(image: Image.Image, rng: np.random.Generator, config: Gaussia
 
 @dataclass
 class BlankConfig(ViewConfig):
-    """Nothing but `color`: a name as in CSS, or "#rrggbb"."""
+    """Nothing but `color`: a name as in CSS, or '#rrggbb' (quoted twice in a shell: "color='#336699'")."""
 
     kind: str = "blank"
     color: str = "black"

@@ -20,7 +20,7 @@ class RandomPatchConfig(PatchConfig):
 
 @dataclass
 class PixelConfig(PatchConfig):
-    """Random single pixels are black. The paper found noise of that kind too weak (appendix G); it is a baseline."""
+    """Random single pixels are black: the "random" masking of TRL, a weak corruption to compare with."""
 
     kind: str = "pixel"
     patch_size: int = 1
