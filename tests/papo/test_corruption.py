@@ -88,6 +88,13 @@ def test_a_block_is_one_rectangle_of_varying_shape():
     assert len(shapes) > 5
 
 
+def test_blocks_and_grids_begin_anywhere():
+    for kind in ("block", "grid"):
+        made = [hidden(transform(picture(), config(kind, prob=1 / 64), seed)) for seed in range(20)]
+        corners = [np.argwhere(black).min(axis=0) for black in made]
+        assert len({top for top, _ in corners}) > 4 and len({left for _, left in corners}) > 4, kind
+
+
 def test_noise_has_its_standard_deviation_and_is_clipped():
     gray = Image.new("RGB", (300, 300), (128, 128, 128))
     change = np.array(transform(gray, config("gaussian_noise", std=0.1), 1)).astype(float) - 128
