@@ -54,5 +54,8 @@ setup(
     packages=find_packages(include=["verl", "verl.*", "papo", "papo.*"]),
     install_requires=REQUIRES,
     extras_require=EXTRAS,
-    entry_points={"verl.plugins": ["papo = papo.plugin:register"]},
+    entry_points={
+        "verl.plugins": ["papo = papo.plugin:register"],
+        "console_scripts": ["papo = papo.cli:main"],
+    },
 )

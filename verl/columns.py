@@ -27,6 +27,7 @@ COLUMNS: dict[str, Column] = {
     "problem": Column("B", None, "data", "samples.jsonl", "the prompt's text as the model reads it"),
     "answer": Column("B", None, "data", "reward", "the ground truth"),
     "images": Column("B", None, "data", "views", "list of RGB pictures; dropped after the views are made"),
+    "view_images": Column("B", None, "data", "views", "the same from other dataset columns: {column: pictures}"),
     "mm_inputs": Column(
         "B", None, "data", "rollout, passes, actor", "dict of image tensors and ids, {} without images"
     ),

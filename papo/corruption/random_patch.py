@@ -1,4 +1,4 @@
-"""Random patch blackening, the paper's random masking strategy."""
+"""Random patch blackening, the paper's random masking strategy; and the same with single pixels."""
 
 from __future__ import annotations
 
@@ -7,35 +7,30 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from verl.config.algorithm import ViewConfig
+from papo.corruption.patches import PatchConfig, blacken_patches, patch_grid
 from verl.data.views import image_view
 
 
 @dataclass
-class RandomPatchConfig(ViewConfig):
-    """Each `patch_size` x `patch_size` square is blackened with probability `prob`, on its own."""
+class RandomPatchConfig(PatchConfig):
+    """Each `patch_size` x `patch_size` square is blackened with probability `prob`, on its own unless `exact`."""
 
     kind: str = "random_patch"
-    patch_size: int = 14
-    prob: float = 0.6
-
-    def check(self, key: str) -> None:
-        if self.patch_size < 1:
-            raise ValueError(f"{key}.patch_size={self.patch_size}: 1 pixel or more is needed")
-        if not 0 <= self.prob <= 1:
-            raise ValueError(f"{key}.prob={self.prob}: a probability from 0 to 1 is needed")
 
 
+@dataclass
+class PixelConfig(PatchConfig):
+    """Random single pixels are black: the "random" masking of TRL, a weak corruption to compare with."""
+
+    kind: str = "pixel"
+    patch_size: int = 1
+
+
+@image_view("pixel", PixelConfig)
 @image_view("random_patch", RandomPatchConfig)
-def random_patch(image: Image.Image, rng: np.random.Generator, config: RandomPatchConfig) -> Image.Image:
+def random_patch(image: Image.Image, rng: np.random.Generator, config: PatchConfig) -> Image.Image:
     """The RGB `image` with random squares black (arXiv 2507.06448, appendix G), counted from the top left corner.
 
     Squares at the right and lower edge are cut off where the size is no multiple of `patch_size`.
     """
-    pixels = np.array(image)
-    height, width = pixels.shape[:2]
-    size = config.patch_size
-    black = rng.random((-(-height // size), -(-width // size))) < config.prob
-    black = black.repeat(size, axis=0).repeat(size, axis=1)[:height, :width]
-    pixels[black] = 0
-    return Image.fromarray(pixels)
+    return blacken_patches(image, rng.random(patch_grid(image, config.patch_size)), config)

@@ -48,6 +48,24 @@ def test_presets_hold_what_the_paper_says():
     assert papo.worker.actor.optim.lr == 1e-6 and papo.worker.actor.optim.weight_decay == 1e-2
 
 
+@pytest.mark.parametrize(
+    "kind, option",
+    [("grid", "prob=0.3"), ("block", "prob=0.3"), ("blank", "color=red"), ("precomputed", "column=hints")],
+)
+def test_another_masking_is_one_override(kind, option):
+    where = "algorithm.views.masked"
+    config = preset(
+        "papo_grpo", f"view@{where}={kind}", f"{where}.{option}", f"{where}.stage=resized", f"{where}.per=response"
+    )
+    check(config)
+    view = config.algorithm.views["masked"]
+    assert (view.kind, view.grad, view.stage, view.per) == (kind, True, "resized", "response")
+    name, value = option.split("=")
+    assert str(getattr(view, name)) == value
+    with pytest.raises(ValueError, match="per"):
+        preset("papo_grpo", f"{where}.per=batch")
+
+
 def test_papo_needs_reference_and_live_view_and_a_term_removed_takes_its_pass_along():
     found = check(preset())
     assert found.reference and found.live_views == ("masked",) and found.inert == ()

@@ -82,13 +82,35 @@ class LossTermConfig:
         self.schedule.check(f"{key}.schedule")
 
 
+class ViewStage(StrEnum):
+    """When a view changes a picture: as it is in the data, or resized as the model will see it."""
+
+    raw = "raw"
+    resized = "resized"
+
+
+class ViewPer(StrEnum):
+    """What has random numbers of its own: a prompt, whose responses then share its images, or each response."""
+
+    prompt = "prompt"
+    response = "response"
+
+
 @dataclass
 class ViewConfig:
     """Base of every view's options. `grad: true` makes the view's forward part of the update, so that gradient
-    flows through it; otherwise one pass without gradient runs before the updates of a step."""
+    flows through it; otherwise one pass without gradient runs before the updates of a step.
+
+    `stage: resized` aligns patches with those of the vision tower, where the sizes agree; `raw` is what the paper's
+    released code does. `per: response` costs as many image tensors as there are responses. `column` names the
+    dataset column whose pictures the view changes, as many as the prompt has; null: the prompt's own.
+    """
 
     kind: str = MISSING
     grad: bool = False
+    stage: ViewStage = ViewStage.raw
+    per: ViewPer = ViewPer.prompt
+    column: str | None = None
 
     def check(self, key: str) -> None:
         """Raise ValueError, naming `key`, where a value has no meaning."""

@@ -9,7 +9,7 @@ import torch
 from verl.models.families import positions_of_response
 from verl.protocol import DataProto
 
-OBJECTS = ("uid", "problem", "answer", "images", "mm_inputs")
+OBJECTS = ("uid", "problem", "answer", "images", "view_images", "mm_inputs")
 
 
 class PromptCollator:
@@ -34,7 +34,7 @@ class PromptCollator:
         )
 
 
-def join_responses(prompts: DataProto, rollout: DataProto, num_responses: int) -> DataProto:
+def join_responses(prompts: DataProto, rollout: DataProto, num_responses: int = 1) -> DataProto:
     """Prompts, each repeated `num_responses` times, with the engine's responses behind them.
 
     Args:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from jinja2 import Environment, StrictUndefined, TemplateError
+from PIL.Image import Image
 from torch.utils.data import Dataset
 
 from verl.config.data import DataConfig
@@ -21,19 +23,26 @@ IMAGE_MARKER = "<image>"
 
 
 class PromptDataset(Dataset):
-    """One item per row: `uid`, `problem`, `answer`, `images`, `prompt_ids`, `prompt_positions`, `mm_inputs`.
+    """One item per row: `uid`, `problem`, `answer`, `images`, `view_images`, `prompt_ids`, `prompt_positions`,
+    `mm_inputs`.
 
     All rows are checked when it is made (columns, `<image>` markers against images), so that a bad row stops
     the run at the start and not after hours.
+
+    Args:
+        view_columns: further columns of pictures, as many in a row as its images, that views read.
 
     Raises:
         ValueError, FileNotFoundError: naming the config key, the file and the row.
     """
 
-    def __init__(self, reference: str, key: str, config: DataConfig, vision: VisionProcessor) -> None:
+    def __init__(
+        self, reference: str, key: str, config: DataConfig, vision: VisionProcessor, view_columns: Sequence[str] = ()
+    ) -> None:
         self.config = config
         self.vision = vision
-        self.rows = open_rows(reference, key, config.image_key)
+        self.view_columns = tuple(view_columns)
+        self.rows = open_rows(reference, key, config.image_key, *view_columns)
         self._check_columns(key)
         self.template = load_template(config.format_prompt)
         self._check_rows()
@@ -49,7 +58,8 @@ class PromptDataset(Dataset):
         index = self.indices[item]
         row = self.rows.dataset[index]
         try:
-            images = [open_image(image, self.config.image_dir) for image in self.images_of(row)]
+            images = self.pictures(row, self.config.image_key)
+            view_images = {column: self.pictures(row, column) for column in self.view_columns}
             problem = self.prompt_text(row)
             encoded = self.vision.encode_prompt(self.vision.chat_text(problem), images)
         except (ValueError, FileNotFoundError, TemplateError) as error:
@@ -63,11 +73,22 @@ class PromptDataset(Dataset):
             )
         name, number = self.rows.origin(index)
         answer = str(row[self.config.answer_key])
-        return {"uid": f"{name}:{number}", "problem": problem, "answer": answer, "images": images, **encoded}
+        return {
+            "uid": f"{name}:{number}",
+            "problem": problem,
+            "answer": answer,
+            "images": images,
+            "view_images": view_images,
+            **encoded,
+        }
 
-    def images_of(self, row: dict[str, Any]) -> list[Any]:
-        """The row's images, undecoded; a single image counts as a list of one."""
-        images = row.get(self.config.image_key)
+    def pictures(self, row: dict[str, Any], column: str) -> list[Image]:
+        """The row's images in `column`, as RGB pictures."""
+        return [open_image(image, self.config.image_dir) for image in self.images_of(row, column)]
+
+    def images_of(self, row: dict[str, Any], column: str | None = None) -> list[Any]:
+        """The row's images in `column` (by default data.image_key), undecoded; a single image counts as a list."""
+        images = row.get(column or self.config.image_key)
         if images is None:
             return []
         return images if isinstance(images, list) else [images]
@@ -90,6 +111,12 @@ class PromptDataset(Dataset):
                 raise ValueError(
                     f"{key}: no column '{column}' (data.{option}) in {self.rows.sources[0][0]}; columns: {columns}"
                 )
+        for column in self.view_columns:
+            if column not in columns:
+                raise ValueError(
+                    f"{key}: no column '{column}', which the option `column` of a view in algorithm.views names, in "
+                    f"{self.rows.sources[0][0]}; columns: {columns}"
+                )
 
     def _check_rows(self) -> None:
         """Texts, answers, and markers against images, of every row, without decoding an image."""
@@ -99,13 +126,14 @@ class PromptDataset(Dataset):
         answers = pc.is_valid(table.column(self.config.answer_key)).to_pylist()
         if not all(answers):
             raise ValueError(f"{self.where(answers.index(False))}: column '{self.config.answer_key}' is empty")
-        images = table.column(self.config.image_key) if self.config.image_key in table.column_names else None
-        if images is None:
-            counts = [0] * len(problems)
-        elif pa.types.is_list(images.type) or pa.types.is_large_list(images.type):
-            counts = pc.fill_null(pc.list_value_length(images), 0).to_pylist()
-        else:
-            counts = [int(valid) for valid in pc.is_valid(images).to_pylist()]
+        counts = count_images(table, self.config.image_key)
+        for column in self.view_columns:
+            for index, (count, wanted) in enumerate(zip(count_images(table, column), counts, strict=True)):
+                if count != wanted:
+                    raise ValueError(
+                        f"{self.where(index)}: {count} image(s) in column '{column}', which a view reads, and {wanted} "
+                        f"in column '{self.config.image_key}'; they must agree"
+                    )
         for index, (problem, count) in enumerate(zip(problems.to_pylist(), counts, strict=True)):
             if not isinstance(problem, str) or not problem.strip():
                 raise ValueError(f"{self.where(index)}: column '{self.config.prompt_key}' is empty or no text")
@@ -115,6 +143,16 @@ class PromptDataset(Dataset):
                     f"{self.where(index)}: the problem has {markers} {IMAGE_MARKER} marker(s) and the row has "
                     f"{count} image(s) in column '{self.config.image_key}'; they must agree"
                 )
+
+
+def count_images(table: pa.Table, column: str) -> list[int]:
+    """How many images each row has in `column`; none where there is no such column."""
+    if column not in table.column_names:
+        return [0] * len(table)
+    images = table.column(column)
+    if pa.types.is_list(images.type) or pa.types.is_large_list(images.type):
+        return pc.fill_null(pc.list_value_length(images), 0).to_pylist()
+    return [int(valid) for valid in pc.is_valid(images).to_pylist()]
 
 
 def load_template(path: str | None) -> Any:

@@ -27,7 +27,7 @@ class Rows:
         raise IndexError(index)
 
 
-def open_rows(reference: str, key: str, image_key: str) -> Rows:
+def open_rows(reference: str, key: str, *image_keys: str) -> Rows:
     """Open comma-separated files, folders and hub names, each optionally with `@split`.
 
     Images stay undecoded. Raises ValueError or FileNotFoundError that names the config `key` and the part at
@@ -39,7 +39,9 @@ def open_rows(reference: str, key: str, image_key: str) -> Rows:
             if not len(dataset):
                 raise ValueError(f"{key}: '{name}' has no rows")
             names.append((name, len(dataset)))
-            parts.append(_undecoded(dataset, image_key))
+            for image_key in image_keys:
+                dataset = _undecoded(dataset, image_key)
+            parts.append(dataset)
     if not parts:
         raise ValueError(f"{key}='{reference}' names no file")
     try:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from verl.columns import view_column
-from verl.config.algorithm import ViewConfig
+from verl.config.algorithm import ViewConfig, ViewPer, ViewStage
 from verl.config.store import store_option
 from verl.protocol import DataProto
 from verl.registry import Registry
@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # a plugin that registers a view should not pay for importing
 ViewFunction = Callable[[Image.Image, np.random.Generator, Any], Image.Image]
 
 VIEWS: Registry[ViewFunction] = Registry("view")
+VIEW_CONFIGS: Registry[type[ViewConfig]] = Registry("view")
 
 
 def image_view(name: str, config: type[ViewConfig]) -> Callable[[ViewFunction], ViewFunction]:
@@ -34,33 +35,74 @@ def image_view(name: str, config: type[ViewConfig]) -> Callable[[ViewFunction], 
 
     def add(function: ViewFunction) -> ViewFunction:
         store_option("view", name, config)
+        VIEW_CONFIGS.register(name)(config)
         return VIEWS.register(name)(function)
 
     return add
 
 
 def add_view(
-    prompts: DataProto, view: str, config: ViewConfig, vision: VisionProcessor, seed: int, epoch: int
+    rows: DataProto,
+    view: str,
+    config: ViewConfig,
+    vision: VisionProcessor,
+    seed: int,
+    epoch: int,
+    num_responses: int = 1,
 ) -> DataProto:
-    """Prompts with the columns `<view>_mm_inputs` and `<view>_rows` (False where a prompt has no image).
+    """Rows with the columns `<view>_mm_inputs` and `<view>_rows` (False where a prompt has no image).
 
-    Each image of a prompt is transformed once, and the responses to the prompt share it. The random numbers
-    follow from run seed, view, prompt, epoch and the image's place, so a run can be repeated.
+    The random numbers of an image follow from run seed, view, prompt, epoch, the image's place and, with
+    `per: response`, the response's, so a run can be repeated.
+
+    Args:
+        rows: prompts, each `num_responses` times side by side; copies share their tensors with `per: prompt`.
     """
-    transform = VIEWS[config.kind]
-    columns = []
-    for uid, images, original in zip(prompts["uid"], prompts["images"], prompts["mm_inputs"], strict=True):
+    columns: list[dict[str, torch.Tensor]] = []
+    for row, (uid, images, original) in enumerate(zip(rows["uid"], rows["images"], rows["mm_inputs"], strict=True)):
+        response = row % num_responses
         if not images:
             columns.append({})
-            continue
-        changed = []
-        for place, image in enumerate(images):
-            rng = np.random.default_rng(derive_seed(seed, view, uid, epoch, place))
-            changed.append(transform(image, rng, config))
-            if changed[-1].size != image.size:
-                raise ValueError(f"view '{view}' changed the size of an image of {uid}: its tokens would not fit")
-        inputs = vision.encode_images(changed)
-        assert torch.equal(inputs["image_grid_thw"], original["image_grid_thw"])
-        columns.append(inputs)
-    rows = torch.tensor([bool(inputs) for inputs in columns])
-    return prompts.with_columns({view_column(view, "rows"): rows}, {view_column(view, "mm_inputs"): columns})
+        elif response and config.per == ViewPer.prompt:
+            columns.append(columns[-1])
+        else:
+            sources = rows["view_images"][row][config.column] if config.column else images
+            _check_sizes(view, config, uid, sources, images)
+            copy = (response,) if config.per == ViewPer.response else ()
+            seeds = [derive_seed(seed, view, uid, epoch, place, *copy) for place in range(len(images))]
+            inputs = encode_view(view, config, sources, seeds, vision)
+            assert torch.equal(inputs["image_grid_thw"], original["image_grid_thw"])
+            columns.append(inputs)
+    covered = torch.tensor([bool(inputs) for inputs in columns])
+    return rows.with_columns({view_column(view, "rows"): covered}, {view_column(view, "mm_inputs"): columns})
+
+
+def encode_view(
+    view: str, config: ViewConfig, images: list[Image.Image], seeds: list[int], vision: VisionProcessor
+) -> dict[str, torch.Tensor]:
+    """The `mm_inputs` of `images`, each transformed with its seed. Raises ValueError where a size changes."""
+    if config.stage == ViewStage.resized:
+        images = [vision.resize(image) for image in images]
+    changed = [transform(image, config, seed) for image, seed in zip(images, seeds, strict=True)]
+    for image, result in zip(images, changed, strict=True):
+        if result.size != image.size:
+            raise ValueError(
+                f"view '{view}': '{config.kind}' made {result.size} pixels of {image.size}: its tokens would not fit"
+            )
+    return vision.encode_images(changed, do_resize=config.stage == ViewStage.raw)
+
+
+def transform(image: Image.Image, config: ViewConfig, seed: int) -> Image.Image:
+    """One RGB image under the view that `config` describes."""
+    return VIEWS[config.kind](image, np.random.default_rng(seed), config)
+
+
+def _check_sizes(
+    view: str, config: ViewConfig, uid: str, sources: list[Image.Image], images: list[Image.Image]
+) -> None:
+    sizes, wanted = [source.size for source in sources], [image.size for image in images]
+    if sizes != wanted:
+        raise ValueError(
+            f"algorithm.views.{view}.column='{config.column}': its pictures of {uid} have {sizes} pixels, the prompt's "
+            f"images {wanted}; they must agree, or tokens would not fit"
+        )

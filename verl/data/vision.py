@@ -7,9 +7,11 @@ import io
 import os
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor
+from transformers.image_utils import SizeDict
 
 from verl.models.families import SpecialTokens, positions_of_prompt, special_tokens
 from verl.models.paths import check_model_path
@@ -37,6 +39,8 @@ def open_image(image: Any, image_dir: str | None) -> Image.Image:
     if not isinstance(image, Image.Image):
         raise ValueError(f"an image is given as {type(image).__name__}; bytes, a path or {{bytes, path}} are needed")
     # RGB before anything else touches pixels: palette indices and 16-bit values are no colours.
+    if image.mode.startswith("I;16"):  # Pillow would clip all above 255 to white
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -73,10 +77,21 @@ class VisionProcessor:
         positions = positions_of_prompt(ids, mm_inputs.get("image_grid_thw"), self.config)
         return {"prompt_ids": ids, "prompt_positions": positions, "mm_inputs": mm_inputs}
 
-    def encode_images(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        """The `mm_inputs` of `images`, as `encode_prompt` would make them."""
-        encoded = self.processor.image_processor(images=images, return_tensors="pt")
+    def encode_images(self, images: list[Image.Image], do_resize: bool = True) -> dict[str, torch.Tensor]:
+        """The `mm_inputs` of `images`, as `encode_prompt` would make them; `do_resize=False` for what `resize` made."""
+        encoded = self.processor.image_processor(images=images, do_resize=do_resize, return_tensors="pt")
         return {"pixel_values": encoded["pixel_values"], "image_grid_thw": encoded["image_grid_thw"]}
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """The RGB `image` in the size, and with the resampling, in which the model will see it."""
+        image_processor = self.processor.image_processor
+        resized = image_processor.resize(
+            torch.from_numpy(np.array(image)).permute(2, 0, 1),
+            size=SizeDict(**dict(image_processor.size)),
+            resample=image_processor.resample,
+            factor=image_processor.patch_size * image_processor.merge_size,
+        )
+        return Image.fromarray(resized.permute(1, 2, 0).numpy())
 
     def num_image_tokens(self, width: int, height: int) -> int:
         """How many prompt tokens an image of this size takes, by arithmetic alone."""

@@ -60,7 +60,8 @@ def make_plan(config: Config) -> Plan:
     collator = PromptCollator(vision.special.pad)
     train, val, total_steps = None, None, 0
     if not config.trainer.val_only:
-        train_data = PromptDataset(data.train_files, "data.train_files", data, vision)
+        columns = {config.algorithm.views[view].column for view in requirements.views} - {None}
+        train_data = PromptDataset(data.train_files, "data.train_files", data, vision, sorted(columns))
         train = train_loader(train_data, data.rollout_batch_size, data.shuffle, data.seed, data.num_workers, collator)
         total_steps = config.trainer.max_steps or config.trainer.total_epochs * len(train)
         logger.info("%d steps, %d per epoch", total_steps, len(train))

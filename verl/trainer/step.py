@@ -53,8 +53,8 @@ def run_step(run: Run, prompts: DataProto, epoch: int, step: int) -> StepResult:
                 run.config.worker.rollout, run.config.data.max_response_length, list(prompts["uid"]), epoch
             )
             rollout = run.workers.rollout.generate(prompts, sampling)
-            prompts = add_views(run, prompts, epoch)  # while the engine generates
-            batch = join_responses(prompts, run.workers.rollout.result(rollout), run.sizes.responses_per_prompt)
+            rows = add_views(run, prompts, epoch)  # while the engine generates
+            batch = join_responses(rows, run.workers.rollout.result(rollout))
             run.workers.rollout.sleep()
         check_columns(batch)
         inputs = reward_inputs(run.vision, batch)
@@ -81,11 +81,13 @@ def run_step(run: Run, prompts: DataProto, epoch: int, step: int) -> StepResult:
 
 
 def add_views(run: Run, prompts: DataProto, epoch: int) -> DataProto:
-    """Prompts with the image tensors of every view that a loss term reads, and without the pictures."""
+    """A row per response, with the image tensors of every view that a loss term reads, and without the pictures."""
+    copies = run.sizes.responses_per_prompt
+    rows = prompts.repeat_interleave(copies)
     for view in run.requirements.views:
         config = run.config.algorithm.views[view]
-        prompts = add_view(prompts, view, config, run.vision, run.config.trainer.seed, epoch)
-    return prompts.select([c for c in (*prompts.tensors.keys(), *prompts.objects) if c != "images"])
+        rows = add_view(rows, view, config, run.vision, run.config.trainer.seed, epoch, copies)
+    return rows.select([c for c in (*rows.tensors.keys(), *rows.objects) if c not in ("images", "view_images")])
 
 
 def add_advantages(run: Run, batch: DataProto, scores: list[RewardScore]) -> tuple[DataProto, torch.Tensor]:

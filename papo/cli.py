@@ -1,0 +1,101 @@
+"""The command `papo`: small tools around a training run, one sub-command each."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from PIL import Image
+
+from papo.plugin import register
+from verl.config.algorithm import ViewConfig, ViewStage
+from verl.config.data import DataConfig
+from verl.data.views import VIEW_CONFIGS, transform
+from verl.utils.files import atomic_path
+
+GAP = 8  # white pixels between the two pictures
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one sub-command. Exits with 1 and a line that says why where what it was given is at fault."""
+    if "random_patch" not in VIEW_CONFIGS:  # nothing has loaded the plugins
+        register()
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    # argparse finds key=value only right behind IMAGE; behind an option they are left over.
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+        top.error(f"unknown: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    try:
+        options.run(options)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line. A sub-command is one function here that adds it, and the function that it runs."""
+    top = argparse.ArgumentParser(prog="papo", description=__doc__.split("\n")[0])
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    add_mask(commands)
+    return top
+
+
+def add_mask(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("mask", help="show what a masking strategy does to a picture")
+    command.add_argument("image", metavar="IMAGE")
+    command.add_argument(
+        "--strategy", default="random_patch", help=f"one of: {', '.join(VIEW_CONFIGS)} (default: %(default)s)"
+    )
+    command.add_argument("--out", metavar="PATH", help="default: IMAGE_masked.png, next to IMAGE")
+    command.add_argument("--seed", type=int, default=1, help="of the mask (default: %(default)s)")
+    command.add_argument("--model", metavar="MODEL", help="whose image size stage=resized means; a folder or hub name")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="of the strategy, as in algorithm.views")
+    command.set_defaults(run=mask)
+
+
+def mask(options: argparse.Namespace) -> None:
+    """Write the picture and its masked view side by side."""
+    from verl.data.vision import VisionProcessor, open_image  # transformers takes seconds, --help should not
+
+    config = strategy_config(options.strategy, options.overrides)
+    image = open_image(options.image, None)
+    if config.stage == ViewStage.resized:
+        if options.model is None:
+            raise ValueError("stage=resized needs --model, whose image processor decides the size")
+        limits = DataConfig()
+        image = VisionProcessor(options.model, limits.min_pixels, limits.max_pixels).resize(image)
+    masked = transform(image, config, options.seed)
+    both = Image.new("RGB", (2 * image.width + GAP, image.height), "white")
+    both.paste(image, (0, 0))
+    both.paste(masked, (image.width + GAP, 0))
+    out = options.out or f"{os.path.splitext(options.image)[0]}_masked.png"
+    with atomic_path(out) as temporary:
+        both.save(temporary, format="PNG")
+    sys.stdout.write(f"{out}\n")
+
+
+def strategy_config(strategy: str, overrides: list[str]) -> ViewConfig:
+    """The checked options of `strategy` from key=value texts. Raises ValueError naming what is at fault."""
+    config_class = VIEW_CONFIGS[strategy]
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"'{override}' is no key=value")
+    try:
+        raw = OmegaConf.merge(OmegaConf.structured(config_class), OmegaConf.from_dotlist(overrides))
+        missing = sorted(OmegaConf.missing_keys(raw))
+        if missing:
+            raise ValueError(f"{strategy} needs {', '.join(f'{key}=...' for key in missing)}")
+        config = OmegaConf.to_object(raw)
+    except OmegaConfBaseException as error:
+        known = ", ".join(key for key in OmegaConf.structured(config_class) if key != "kind")
+        raise ValueError(
+            f"{strategy} with {' '.join(overrides)}: {error.msg.splitlines()[0]}; its options: {known}"
+        ) from error
+    config.check(strategy)
+    if config.kind != strategy or config.column:
+        raise ValueError("kind is given by --strategy, and column needs a dataset: neither can be an option here")
+    return config
