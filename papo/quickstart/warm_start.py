@@ -116,7 +116,7 @@ def _batches(rows: list[dict], vision: VisionProcessor, seed: int, size: int) ->
 def response_loss(policy: PolicyModel, batch: DataProto) -> torch.Tensor:
     """Cross-entropy, a scalar in nats, over response tokens and their end token only."""
     inputs = model_inputs(batch, torch.device("cpu"))
-    return -policy(**inputs, temperature=1.0).sum() / inputs["response_mask"].sum()
+    return -policy(**inputs, temperature=1.0)["log_probs"].sum() / inputs["response_mask"].sum()
 
 
 def _train(policy: PolicyModel, batches: Iterator[DataProto], settings: WarmStartSettings) -> None:
