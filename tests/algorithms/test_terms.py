@@ -13,6 +13,7 @@ from verl.algorithms.losses.estimators import Estimator
 from verl.algorithms.losses.policy import PolicyTermConfig
 from verl.algorithms.losses.ref_kl import RefKLTermConfig
 from verl.algorithms.losses.term import LOSS_TERMS, TermOutput
+from verl.config.algorithm import Truncation
 
 B, T = 5, 7
 
@@ -84,6 +85,26 @@ def test_policy_metrics_count_only_tokens_that_the_clip_stops():
     ratio = (cols["log_probs"] - cols["old_log_probs"]).exp()
     torch.testing.assert_close(metrics["clip_frac_high"].bool(), (ratio > 1.3) & (cols["advantages"] > 0))
     torch.testing.assert_close(metrics["clip_frac_low"].bool(), (ratio < 0.8) & (cols["advantages"] < 0))
+
+
+@pytest.mark.parametrize("tis", ["token", "sequence"])
+def test_truncated_importance_weights_multiply_the_policy_loss(tis):
+    cols = columns()
+    cols["rollout_log_probs"] = cols["old_log_probs"] + torch.linspace(-1, 1, B * T, dtype=torch.float64).view(B, T)
+    cols["response_mask"] = (torch.arange(T)[None] < torch.tensor([[7], [3], [5], [1], [6]])).long()
+    plain = evaluate(PolicyTermConfig(), cols)
+    config = PolicyTermConfig(tis=Truncation(tis), tis_cap=1.5)
+    assert set(LOSS_TERMS["policy"].requires(config)) >= {"rollout_log_probs", "old_log_probs"}
+    output, capped = evaluate(config, cols), 0
+    for b in range(B):
+        for t in range(T):
+            apart = [(cols["old_log_probs"] - cols["rollout_log_probs"])[b, i].item() for i in range(T)]
+            length = int(cols["response_mask"][b].sum())
+            weight = math.exp(apart[t] if tis == "token" else sum(apart[:length]))
+            capped += weight > 1.5
+            expected = min(weight, 1.5) * plain.values[b, t].item()
+            assert output.values[b, t].item() == pytest.approx(expected, abs=1e-12)
+    assert 0 < capped < B * T and output.metrics["tis_capped"].sum() == capped
 
 
 def k3_by_hand(log_prob, other):

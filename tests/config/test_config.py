@@ -149,6 +149,10 @@ def test_unknown_presets_and_missing_values_are_named():
         (["worker.rollout.limit_images=-1"], "limit_images=-1"),
         (["worker.rollout.data_parallel_size=0"], "data_parallel_size=0"),
         (["worker.rollout.max_model_len=6143"], "max_model_len=6143 is below .* = 6144"),
+        (["algorithm.filter_low=1"], "algorithm.filter_low=1.0 is not below algorithm.filter_high=0.99"),
+        (["algorithm.overlong_buffer=2049"], "algorithm.overlong_buffer=2049: from 0"),
+        (["data.mini_rollout_batch_size=128"], "data.mini_rollout_batch_size=128: .* only with .*online_filtering"),
+        (["algorithm.old_log_probs=rollout", "algorithm.terms.policy.tis=token"], "terms.policy.tis corrects"),
         (["worker.rollout.max_failures=0"], "max_failures=0"),
         (["algorithm.adv_estimator=gae"], "unknown advantage estimator 'gae'"),
         (["algorithm.terms.perception_kl.coef=-0.01"], "algorithm.terms.perception_kl.coef=-0.01"),
@@ -232,3 +236,33 @@ def test_a_schedule_is_set_like_everything_else_and_checked():
     ):
         with pytest.raises(ValueError, match=message):
             check(preset("papo_grpo", f"algorithm.terms.{override}"))
+
+
+# What table 6 of the paper says: clip high, beta, gamma, eta1, eta2 (None: the term is absent).
+TABLE_6 = {
+    "grpo": (0.3, 0.01, None, 0.0, None),
+    "dapo": (0.28, None, None, 0.0, None),
+    "papo_grpo": (0.3, 0.01, 0.02, 0.05, 0.05),
+    "papo_grpo_3b": (0.3, 0.01, 0.02, 0.0, 0.0),
+    "papo_grpo_no_kl_ref": (0.3, None, 0.01, 0.03, 0.03),
+    "papo_dapo": (0.28, None, 0.01, 0.03, 0.03),
+    "papo_upstream": (0.3, 0.01, 0.02, 0.05, 0.05),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_6)
+def test_presets_have_the_papers_settings(name):
+    config = preset(name)
+    terms = config.algorithm.terms
+    coefs = [terms[t].coef if t in terms else None for t in ("ref_kl", "perception_kl", "entropy", "masked_entropy")]
+    assert (terms["policy"].clip_ratio_low, terms["policy"].clip_ratio_high, *coefs) == (0.2, *TABLE_6[name])
+    assert config.worker.actor.loss_avg_mode == "token" and config.worker.rollout.n == 5
+    assert (config.data.rollout_batch_size, config.worker.actor.global_batch_size) == (384, 128)
+    assert config.worker.actor.optim.lr == 1e-6 and config.worker.actor.optim.weight_decay == 1e-2
+    assert config.algorithm.online_filtering == ("dapo" in name)
+    if "masked" in config.algorithm.views:
+        view = config.algorithm.views["masked"]
+        assert (view.kind, view.patch_size, view.prob, view.stage) == ("random_patch", 14, 0.6, "raw")
+    found = check(config)
+    assert found.reference == (coefs[0] is not None) and found.old
+    assert found.inert == (("masked_entropy",) if name == "papo_upstream" else ())

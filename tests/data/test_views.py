@@ -19,7 +19,7 @@ from verl.data.collate import PromptCollator
 from verl.data.dataset import PromptDataset
 from verl.data.views import add_view
 from verl.data.vision import VisionProcessor
-from verl.trainer.step import add_views
+from verl.trainer.collect import add_views
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from verl.algorithms.losses.entropy import EntropyTermConfig
 from verl.algorithms.losses.policy import PolicyTermConfig
 from verl.algorithms.losses.ref_kl import RefKLTermConfig
 from verl.algorithms.requirements import find_requirements
-from verl.config.algorithm import LossAverage, LossTermConfig
+from verl.config.algorithm import LossAverage, LossTermConfig, OldLogProbs
 from verl.config.worker import ActorConfig, ComputeDtype, FSDPConfig, ModelConfig
 from verl.data.vision import load_special_tokens
 from verl.plugins import load_plugins
@@ -65,6 +65,7 @@ def build_actor(
     }
     model_config = ModelConfig(str(model), **{"enable_gradient_checkpointing": False, **model_options})
     fsdp = FSDPConfig(compute_dtype=ComputeDtype(options.pop("compute_dtype", "float32")))
+    old_log_probs = options.pop("old_log_probs", OldLogProbs.auto)
     config = ActorConfig(**{"max_grad_norm": 1e9, "micro_batch_size_per_device_for_update": 100, **options})
     policy = build_sharded(model_config, fsdp, load_special_tokens(str(model)), config.logits_chunk_size, CPU)
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=lr)
@@ -76,6 +77,7 @@ def build_actor(
         terms=built,
         live_views=("masked",) if live else (),
         exact=find_requirements(built, {"masked": RandomPatchConfig(grad=live)}).exact,
+        old_log_probs=old_log_probs,
         config=config,
         max_response_length=MAX_RESPONSE_LENGTH,
         device=CPU,

@@ -180,6 +180,39 @@ def test_the_same_loop_with_two_vllm_engines(assets, tmp_path):
     assert (tmp_path / "out" / "model" / "config.json").exists()
 
 
+REWARD = """
+import hashlib
+
+def score(inputs):
+    def coin(i):
+        return hashlib.md5((i["response"] + i["ground_truth"]).encode()).digest()[0] % 2
+    return [{"overall": float(coin(i)), "accuracy": float(coin(i))} for i in inputs]
+"""
+
+
+def test_papo_d_filters_groups_and_shapes_long_responses(assets, tmp_path):
+    """An untrained model is never right, so a coin decides here which response is."""
+    (tmp_path / "reward.py").write_text(REWARD)
+    overrides = [
+        f"worker.reward.reward_function={tmp_path / 'reward.py'}:score",
+        "algorithm.online_filtering=true",
+        "algorithm.overlong_buffer=8",
+        "data.mini_rollout_batch_size=3",
+        "~term@algorithm.terms.ref_kl",
+        "algorithm.adv_estimator=dr_grpo",
+        "worker.actor.loss_avg_mode=seq_sum",
+        "worker.actor.global_batch_size=4",
+    ]
+    done = start(assets, tmp_path / "out", *overrides, "trainer.val_freq=0", "trainer.save_model=false")
+    assert done.returncode == 0, done.stderr[-4000:]
+    _, first, second = records(tmp_path / "out" / "metrics.jsonl")
+    for record in (first, second):
+        assert record["train/groups_without_signal"] == 0 and record["train/filter_tries"] >= 2
+        assert record["actor/skipped_frac"] == 0 and record["train/overlong_penalty"] < 0
+        # One update per step: no pass for the old log-probs, and the update itself tells how far the engine is off.
+        assert "timing_s/old_log_probs" not in record and record["rollout/log_prob_diff_max"] < 1e-4
+
+
 def test_validation_alone_starts_no_training_worker(assets, tmp_path):
     overrides = ["trainer.val_only=true", "data.train_files=null", "worker.rollout.data_parallel_size=2"]
     done = start(assets, tmp_path / "out", *overrides)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from papo.terms import PerceptionKLConfig
 from tests.fakes.actors import MAX_RESPONSE_LENGTH, build_actor, gradient, on_ranks, papo_terms, process_group, weights
 from tests.fakes.rollouts import make_batch
 from tests.fakes.rows import row, write_parquet
+from verl.algorithms.losses.cispo import CISPOTermConfig
 from verl.algorithms.losses.entropy import EntropyEstimator, EntropyTermConfig
 from verl.algorithms.losses.estimators import Estimator
+from verl.algorithms.losses.gspo import GSPOTermConfig
 from verl.algorithms.losses.policy import PolicyTermConfig
-from verl.config.algorithm import LossAverage, ScheduleConfig
+from verl.algorithms.losses.ref_kl import RefKLTermConfig
+from verl.config.algorithm import LossAverage, OldLogProbs, ScheduleConfig, Truncation
 from verl.models.families import MODALITY_TOKENS
 from verl.workers.actor.dp_actor import compute_log_probs
 
@@ -163,6 +167,52 @@ def test_the_estimators_see_the_same_divergence(model, batch):
     assert values["full"][0] == pytest.approx(values["detached"][0], rel=1e-6)
     name = next(n for n in values["full"][1] if "lm_head" in n)
     assert (values["full"][1][name] - values["detached"][1][name]).abs().max() > 1e-5
+
+
+def without_old(batch, rollout=None):
+    columns = [name for name in (*batch.tensors.keys(), *batch.objects) if name != "old_log_probs"]
+    return batch.select(columns).with_columns({"rollout_log_probs": rollout} if rollout is not None else {})
+
+
+def test_with_one_update_its_own_log_probs_are_the_old_ones_exactly(model, batch):
+    terms = {"policy": PolicyTermConfig(), "ref_kl": RefKLTermConfig(coef=0.3)}
+    actor = build_actor(model)
+    old = compute_log_probs(actor.policy, batch, "", 1.0, 100, actor.device)
+    expected, _ = gradient(model, batch.with_columns({"old_log_probs": old}), terms=terms)
+    rollout = (old + 0.01) * batch["response_mask"]
+    found, metrics = gradient(model, without_old(batch, rollout), terms=terms)
+    assert_same(found, expected, tolerance=1e-5)
+    # What the pass would have told of the engine is told by the update.
+    assert metrics["rollout/log_prob_diff_max"] == pytest.approx(0.01, abs=1e-5)
+    assert metrics["rollout/mismatch_kl"] == pytest.approx(math.exp(-0.01) - 1 + 0.01, rel=1e-2)
+
+
+def test_the_engines_log_probs_can_stand_for_the_old_ones(model, batch):
+    terms = {"policy": PolicyTermConfig()}
+    expected, _ = gradient(model, batch, terms=terms)
+    engine = without_old(batch, batch["old_log_probs"])
+    assert_same(gradient(model, engine, terms=terms, old_log_probs=OldLogProbs.rollout)[0], expected)
+
+
+@pytest.mark.parametrize("average", list(LossAverage))
+@pytest.mark.parametrize(
+    "policy",
+    [
+        PolicyTermConfig(tis=Truncation.token),
+        PolicyTermConfig(tis=Truncation.sequence),
+        GSPOTermConfig(tis=Truncation.sequence),
+        CISPOTermConfig(tis=Truncation.token, tis_cap=1.1),
+    ],
+    ids=lambda policy: f"{policy.kind}-{policy.tis}",
+)
+def test_every_policy_loss_makes_two_updates_however_the_batch_is_cut(model, batch, policy, average):
+    noise = torch.randn(batch["old_log_probs"].shape, generator=torch.Generator().manual_seed(1)) * 0.1
+    drawn = batch.with_columns({"rollout_log_probs": batch["old_log_probs"] + noise})
+    options = {"terms": {"policy": policy}, "mini_batches": 2, "loss_avg_mode": average, "lr": 0.1}
+    whole, metrics = gradient(model, drawn, **options)
+    cut, _ = gradient(model, drawn, micro_batch_size_per_device_for_update=1, **options)
+    assert_same({n: g * 10 for n, g in cut.items()}, {n: g * 10 for n, g in whole.items()}, tolerance=1e-4)
+    assert metrics["actor/skipped_frac"] == 0 and 0.5 < metrics["actor/tis_weight"] <= policy.tis_cap
 
 
 def test_a_schedule_scales_its_term_and_is_logged(model, batch):

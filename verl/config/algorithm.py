@@ -18,6 +18,14 @@ class LossAverage(StrEnum):
     seq_sum = "seq_sum"
 
 
+class Truncation(StrEnum):
+    """Importance weights of responses that the engine drew from a policy which is not quite the trainer's."""
+
+    off = "off"
+    token = "token"
+    sequence = "sequence"
+
+
 class Shape(StrEnum):
     """How a coefficient goes from 1 to `end` times its value."""
 
@@ -116,10 +124,35 @@ class ViewConfig:
         """Raise ValueError, naming `key`, where a value has no meaning."""
 
 
+class OldLogProbs(StrEnum):
+    """Where the log-probs come from that the policy's ratio compares with.
+
+    `recompute`: a pass of the trainer before the updates. `rollout`: the engine's own, without a pass; what engine
+    and trainer differ by is then part of the ratio. `auto`: recompute, but where a step has one update its own
+    forward gives them, which is exact and costs nothing.
+    """
+
+    auto = "auto"
+    recompute = "recompute"
+    rollout = "rollout"
+
+
 @dataclass
 class AlgorithmConfig:
-    """`terms` and `views` are filled by name from the Hydra groups `term` and `view`."""
+    """`terms` and `views` are filled by name from the Hydra groups `term` and `view`.
+
+    `online_filtering` keeps only groups whose mean of the reward's component `filter_key` lies strictly between
+    `filter_low` and `filter_high` (DAPO). `overlong_buffer`: a response loses up to `overlong_penalty` of its reward
+    over the last so many tokens of data.max_response_length; 0 is off.
+    """
 
     adv_estimator: str = "grpo"
+    old_log_probs: OldLogProbs = OldLogProbs.auto
+    online_filtering: bool = False
+    filter_key: str = "accuracy"
+    filter_low: float = 0.01
+    filter_high: float = 0.99
+    overlong_buffer: int = 0
+    overlong_penalty: float = 1.0
     terms: dict[str, LossTermConfig] = field(default_factory=dict)
     views: dict[str, ViewConfig] = field(default_factory=dict)

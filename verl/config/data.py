@@ -11,8 +11,9 @@ from omegaconf import II
 class DataConfig:
     """Files are parquet, JSON or JSONL, folders of them, or names on the hub, `path@split`, comma-separated.
 
-    `rollout_batch_size` counts prompts per step. Lengths are in tokens, `min_pixels` and `max_pixels` bound
-    the area of an image after resizing. A relative image path is looked up in `image_dir`.
+    `rollout_batch_size` counts prompts per step, `mini_rollout_batch_size` prompts per generation where
+    `algorithm.online_filtering` needs several (default: as many). Lengths are in tokens, `min_pixels` and
+    `max_pixels` bound the area of an image after resizing. A relative image path is looked up in `image_dir`.
     """
 
     train_files: str | None = None
@@ -26,6 +27,7 @@ class DataConfig:
     max_response_length: int = 2048
     filter_overlong_prompts: bool = True
     rollout_batch_size: int = 384
+    mini_rollout_batch_size: int | None = None
     val_batch_size: int = 256
     min_pixels: int = 200704
     max_pixels: int = 1003520

@@ -19,6 +19,7 @@ class TrainerConfig:
     """The run ends after `max_steps`, or after `total_epochs` where `max_steps` is not set.
 
     `n_gpus_per_node` is the number of training ranks per node: one per GPU, or one process per rank on CPU.
+    `max_try_make_batch` bounds the generations of a step with `algorithm.online_filtering`.
     `val_only` validates the model and ends, without training workers; it needs no training data.
     `val_freq` counts steps, 0 validates only before and after. `samples_per_step` generations of each step go
     to samples.jsonl.
@@ -33,6 +34,7 @@ class TrainerConfig:
     device: Device = Device.auto
     nnodes: int = 1
     n_gpus_per_node: int = 8
+    max_try_make_batch: int = 20
     val_only: bool = False
     val_before_train: bool = True
     val_freq: int = 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 
+from verl.config.algorithm import OldLogProbs, Truncation
 from verl.config.config import Config
 from verl.config.sizes import compute_sizes
 
@@ -30,6 +31,7 @@ POSITIVE = (
     "worker.rollout.max_failures",
     "worker.rollout.sync_bucket_mb",
     "trainer.total_epochs",
+    "trainer.max_try_make_batch",
     "trainer.nnodes",
     "trainer.n_gpus_per_node",
 )
@@ -48,6 +50,7 @@ def validate(config: Config) -> None:
     _check_positive(config, POSITIVE)
     _check_values(config)
     _check_rollout(config)
+    _check_algorithm(config)
     _check_files(config)
     compute_sizes(config)
     for name, term in config.algorithm.terms.items():
@@ -119,6 +122,32 @@ def _check_rollout(config: Config) -> None:
             f"worker.rollout.max_model_len={rollout.max_model_len} is below data.max_prompt_length + "
             f"data.max_response_length = {longest}; raise it, or leave it out"
         )
+
+
+def _check_algorithm(config: Config) -> None:
+    algorithm, data = config.algorithm, config.data
+    if not algorithm.filter_low < algorithm.filter_high:
+        raise ValueError(
+            f"algorithm.filter_low={algorithm.filter_low} is not below algorithm.filter_high={algorithm.filter_high}"
+        )
+    if not 0 <= algorithm.overlong_buffer <= data.max_response_length:
+        raise ValueError(
+            f"algorithm.overlong_buffer={algorithm.overlong_buffer}: from 0 (off) to data.max_response_length="
+            f"{data.max_response_length} tokens"
+        )
+    if algorithm.overlong_penalty < 0:
+        raise ValueError(f"algorithm.overlong_penalty={algorithm.overlong_penalty}: 0 or more is needed")
+    mini = data.mini_rollout_batch_size
+    if mini is not None and not (algorithm.online_filtering and mini > 0):
+        raise ValueError(
+            f"data.mini_rollout_batch_size={mini}: 1 or more, and only with algorithm.online_filtering=true"
+        )
+    for name, term in config.algorithm.terms.items():
+        if algorithm.old_log_probs == OldLogProbs.rollout and getattr(term, "tis", Truncation.off) != Truncation.off:
+            raise ValueError(
+                f"algorithm.terms.{name}.tis corrects old log-probs of the trainer, and algorithm.old_log_probs="
+                "rollout takes the engine's: use one of the two"
+            )
 
 
 def _check_files(config: Config) -> None:

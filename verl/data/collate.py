@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from verl.models.families import positions_of_response
 from verl.protocol import DataProto
@@ -34,6 +35,19 @@ class PromptCollator:
         )
 
 
+def pad_rows(rows: DataProto, prompt_width: int, response_width: int, pad_token_id: int) -> DataProto:
+    """Rows whose prompts are `prompt_width` wide, padded on the left, and whose responses `response_width`, padded on
+    the right; other columns stay."""
+    padded = {}
+    for name, tensor in rows.tensors.items():
+        value = pad_token_id if name in ("prompt_ids", "responses") else 0
+        if name in ("prompt_ids", "prompt_mask", "prompt_positions"):
+            padded[name] = F.pad(tensor, (prompt_width - tensor.shape[-1], 0), value=value)
+        elif name in ("responses", "response_mask", "rollout_log_probs"):
+            padded[name] = F.pad(tensor, (0, response_width - tensor.shape[-1]), value=value)
+    return rows.with_columns(padded)
+
+
 def join_responses(prompts: DataProto, rollout: DataProto, num_responses: int = 1) -> DataProto:
     """Prompts, each repeated `num_responses` times, with the engine's responses behind them.
 
@@ -41,13 +55,17 @@ def join_responses(prompts: DataProto, rollout: DataProto, num_responses: int = 
         prompts: B rows as the collator makes them.
         rollout: B x num_responses rows with `responses`, `response_mask` and `rollout_log_probs`, in order.
     """
-    batch = prompts.repeat_interleave(num_responses)
-    tail = positions_of_response(batch["prompt_positions"], rollout["responses"].shape[1])
-    return batch.with_columns(
+    return whole_sequences(prompts.repeat_interleave(num_responses).with_columns(dict(rollout.tensors.items())))
+
+
+def whole_sequences(rows: DataProto) -> DataProto:
+    """Rows of prompts and responses with `input_ids`, `attention_mask` and `position_ids` of both, one behind the
+    other."""
+    tail = positions_of_response(rows["prompt_positions"], rows["responses"].shape[1])
+    return rows.with_columns(
         {
-            **dict(rollout.tensors.items()),
-            "input_ids": torch.cat([batch["prompt_ids"], rollout["responses"]], dim=1),
-            "attention_mask": torch.cat([batch["prompt_mask"], rollout["response_mask"]], dim=1),
-            "position_ids": torch.cat([batch["prompt_positions"], tail], dim=2),
+            "input_ids": torch.cat([rows["prompt_ids"], rows["responses"]], dim=1),
+            "attention_mask": torch.cat([rows["prompt_mask"], rows["response_mask"]], dim=1),
+            "position_ids": torch.cat([rows["prompt_positions"], tail], dim=2),
         }
     )

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from verl.algorithms.requirements import Requirements
 from verl.columns import view_column
+from verl.config.algorithm import OldLogProbs
 from verl.metrics.timing import Timings
 from verl.protocol import DataProto
-from verl.trainer.workers import Workers
+from verl.trainer.run import Run
 from verl.workers.actor.forward import TOKENS
 
 
-def run_passes(batch: DataProto, workers: Workers, requirements: Requirements, timings: Timings) -> DataProto:
+def run_passes(batch: DataProto, run: Run, timings: Timings) -> DataProto:
     """`batch` with `old_log_probs`, `ref_log_probs` and `<view>_log_probs`, each where it is required."""
+    workers, requirements = run.workers, run.requirements
     tokens = batch.select([*TOKENS, "mm_inputs"])
     found = {}
-    if requirements.old:
+    if recomputes_old(run):
         with timings("old_log_probs"):
             found["old_log_probs"] = workers.actor.compute_log_probs(tokens)["log_probs"]
     if workers.reference is not None:
@@ -26,3 +27,10 @@ def run_passes(batch: DataProto, workers: Workers, requirements: Requirements, t
             seen = workers.actor.compute_log_probs(batch.select([*TOKENS, *images]), view)
             found[view_column(view, "log_probs")] = seen["log_probs"]
     return batch.with_columns(found)
+
+
+def recomputes_old(run: Run) -> bool:
+    """Whether the old log-probs need a pass of their own."""
+    wanted = run.config.algorithm.old_log_probs
+    several = wanted == OldLogProbs.auto and run.sizes.updates_per_step > 1
+    return run.requirements.old and (several or wanted == OldLogProbs.recompute)

@@ -12,6 +12,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from verl.algorithms.advantage import ADVANTAGES
 from verl.algorithms.losses.compose import build_terms
 from verl.algorithms.requirements import Requirements, find_requirements
+from verl.config.algorithm import OldLogProbs
 from verl.config.config import Config
 from verl.config.sizes import Sizes, compute_sizes
 from verl.config.validate import validate
@@ -62,9 +63,11 @@ def make_plan(config: Config) -> Plan:
     if not config.trainer.val_only:
         columns = {config.algorithm.views[view].column for view in requirements.views} - {None}
         train_data = PromptDataset(data.train_files, "data.train_files", data, vision, sorted(columns))
-        train = train_loader(train_data, data.rollout_batch_size, data.shuffle, data.seed, data.num_workers, collator)
-        total_steps = config.trainer.max_steps or config.trainer.total_epochs * len(train)
-        logger.info("%d steps, %d per epoch", total_steps, len(train))
+        size = data.mini_rollout_batch_size or data.rollout_batch_size
+        train = train_loader(train_data, size, data.shuffle, data.seed, data.num_workers, collator)
+        per_epoch = max(1, len(train) * size // data.rollout_batch_size)
+        total_steps = config.trainer.max_steps or config.trainer.total_epochs * per_epoch
+        logger.info("%d steps, %d per epoch", total_steps, per_epoch)
     if data.val_files is not None:
         val_data = PromptDataset(data.val_files, "data.val_files", data, vision)
         val = validation_loader(val_data, data.val_batch_size, data.num_workers, collator)
@@ -100,7 +103,10 @@ def check(config: Config) -> Requirements:
 def log_requirements(config: Config, requirements: Requirements) -> None:
     """Say which terms and passes a run has, and warn of every term that trains nothing."""
     logger.info("loss: %s", ", ".join(f"{n} ({t.kind}, coef {t.coef:g})" for n, t in config.algorithm.terms.items()))
-    passes = ["old log-probs"] * requirements.old + ["reference log-probs"] * requirements.reference
+    old = requirements.old and config.algorithm.old_log_probs != OldLogProbs.rollout
+    if config.algorithm.old_log_probs == OldLogProbs.auto and compute_sizes(config).updates_per_step == 1:
+        old = False  # the update's own forward gives them
+    passes = ["old log-probs"] * old + ["reference log-probs"] * requirements.reference
     passes += [f"log-probs of view '{view}' (no gradient)" for view in requirements.stored_views]
     logger.info("passes before the updates: %s", ", ".join(passes) or "none")
     for view in requirements.live_views:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator
@@ -13,9 +14,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from verl.protocol import DataProto
 from verl.single_controller.resources import start_ray
 from verl.tracking import TRACKERS
+from verl.trainer.collect import Collector
 from verl.trainer.plan import Plan
+from verl.trainer.run import Run
 from verl.trainer.run_dir import RunDir
-from verl.trainer.step import Run, run_step
+from verl.trainer.step import run_step
 from verl.trainer.validation import validate
 from verl.trainer.workers import Workers
 
@@ -64,9 +67,9 @@ class RayTrainer:
             metrics = self._validate(0)
             self._log(0, metrics)
             validations |= _for_summary(metrics, "before")
-        steps = tqdm(self._prompts(), total=self.plan.total_steps, desc="training", unit="step", smoothing=0.1)
-        for step, (epoch, prompts) in enumerate(steps, start=1):
-            result = run_step(self.run, prompts, epoch, step)
+        collector = Collector(self.run, self._prompts())
+        for step in tqdm(range(1, self.plan.total_steps + 1), desc="training", unit="step", smoothing=0.1):
+            result = run_step(self.run, collector, step)
             self.run_dir.add_samples(step, "train", result.samples)
             last = step == self.plan.total_steps
             due = self.trainer.val_freq and step % self.trainer.val_freq == 0
@@ -83,16 +86,12 @@ class RayTrainer:
         return _for_summary(metrics)
 
     def _prompts(self) -> Iterator[tuple[int, DataProto]]:
-        """(epoch, prompts) for every step of the run."""
-        loader, epoch, step = self.plan.train_loader, 0, 0
-        while True:
+        """(epoch, prompts), epoch after epoch without end."""
+        loader = self.plan.train_loader
+        for epoch in itertools.count():
             loader.sampler.set_epoch(epoch)
             for prompts in loader:
                 yield epoch, prompts
-                step += 1
-                if step == self.plan.total_steps:
-                    return
-            epoch += 1
 
     def _validate(self, step: int) -> dict[str, float]:
         metrics, samples = validate(self.run, self.plan.val_loader)

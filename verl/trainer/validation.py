@@ -8,7 +8,9 @@ import ray
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
 
-from verl.trainer.step import Run, reward_inputs, samples
+from verl.trainer.collect import reward_inputs
+from verl.trainer.run import Run
+from verl.trainer.step import samples
 from verl.workers.rollout.base import validation_sampling
 
 

@@ -104,6 +104,7 @@ class ActorWorker(ModelWorker):
             terms=terms,
             live_views=requirements.live_views,
             exact=requirements.exact,
+            old_log_probs=algorithm.old_log_probs,
             config=actor,
             max_response_length=self.config.data.max_response_length,
             device=self.device,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from verl.algorithms.losses.clip import ClipTermConfig, bounded
+from verl.algorithms.losses.clip import ClipTermConfig, bounded, clip_requires, weighted
 from verl.algorithms.losses.term import Columns, TermOutput, loss_term
 
 
@@ -20,7 +20,9 @@ class CISPOTermConfig(ClipTermConfig):
     clip_ratio_high: float = 4.0
 
 
-@loss_term("cispo", CISPOTermConfig, requires=("log_probs", "old_log_probs", "advantages"), metric="pg_loss")
+@loss_term(
+    "cispo", CISPOTermConfig, requires=clip_requires("log_probs", "old_log_probs", "advantages"), metric="pg_loss"
+)
 def cispo(columns: Columns, config: CISPOTermConfig) -> TermOutput:
     """-sg[clip(r)] A log pi per token with r = pi/pi_old, sg a stop-gradient (CISPO, arXiv 2506.13585, eq. 4-5).
 
@@ -37,4 +39,4 @@ def cispo(columns: Columns, config: CISPOTermConfig) -> TermOutput:
         "clip_frac_low": (ratio < low).float(),
         "ppo_kl": -log_ratio,
     }
-    return TermOutput(values, metrics)
+    return weighted(values, metrics, columns, config)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from verl.algorithms.losses.clip import ClipTermConfig, bounded
+from verl.algorithms.losses.clip import ClipTermConfig, bounded, clip_requires, weighted
 from verl.algorithms.losses.term import Columns, TermOutput, loss_term
 
 
@@ -22,7 +22,7 @@ class GSPOTermConfig(ClipTermConfig):
 @loss_term(
     "gspo",
     GSPOTermConfig,
-    requires=("log_probs", "old_log_probs", "advantages", "response_mask"),
+    requires=clip_requires("log_probs", "old_log_probs", "advantages", "response_mask"),
     metric="pg_loss",
 )
 def gspo(columns: Columns, config: GSPOTermConfig) -> TermOutput:
@@ -47,4 +47,4 @@ def gspo(columns: Columns, config: GSPOTermConfig) -> TermOutput:
         "clip_frac_low": ((ratio < low) & (advantages < 0)).float(),
         "ppo_kl": -log_ratio,
     }
-    return TermOutput(values, metrics)
+    return weighted(values, metrics, columns, config)

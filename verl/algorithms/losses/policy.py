@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from verl.algorithms.losses.clip import ClipTermConfig, bounded
+from verl.algorithms.losses.clip import ClipTermConfig, bounded, clip_requires, weighted
 from verl.algorithms.losses.term import Columns, TermOutput, loss_term
 
 
@@ -23,7 +23,9 @@ class PolicyTermConfig(ClipTermConfig):
             raise ValueError(f"{key}.clip_ratio_dual={self.clip_ratio_dual}: a value above 1 is needed")
 
 
-@loss_term("policy", PolicyTermConfig, requires=("log_probs", "old_log_probs", "advantages"), metric="pg_loss")
+@loss_term(
+    "policy", PolicyTermConfig, requires=clip_requires("log_probs", "old_log_probs", "advantages"), metric="pg_loss"
+)
 def policy(columns: Columns, config: PolicyTermConfig) -> TermOutput:
     """-min(rA, clip(r)A) per token with r = pi/pi_old (PPO, arXiv 1707.06347, eq. 7), clip-higher (DAPO, arXiv
     2503.14476, eq. 10) and, where A < 0, the dual clip max(., cA) (arXiv 1912.09729, eq. 5)."""
@@ -42,4 +44,4 @@ def policy(columns: Columns, config: PolicyTermConfig) -> TermOutput:
         "clip_frac_dual": ((ratio > config.clip_ratio_dual) & (advantages < 0)).float(),
         "ppo_kl": -log_ratio,
     }
-    return TermOutput(values, metrics)
+    return weighted(values, metrics, columns, config)

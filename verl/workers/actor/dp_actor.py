@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from verl.algorithms.losses.compose import Denominators, LossTerm, compute_losses
 from verl.columns import view_column
-from verl.config.algorithm import ScheduleConfig
+from verl.config.algorithm import OldLogProbs, ScheduleConfig
 from verl.config.worker import ActorConfig
 from verl.metrics.bag import MetricBag
 from verl.models.policy import PolicyModel
@@ -47,6 +47,14 @@ def compute_log_probs(
     return torch.cat(parts)
 
 
+def add_mismatch(metrics: MetricBag, log_probs: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> None:
+    """How far engine and trainer are apart, where no pass before the updates tells (see `rollout_metrics`)."""
+    log_ratio = torch.where(mask.bool(), log_probs.double() - rollout.double(), 0.0)
+    metrics.add_tokens("rollout/log_prob_diff_mean", log_ratio.abs(), mask)
+    metrics.add_tokens("rollout/mismatch_kl", log_ratio.expm1() - log_ratio, mask)
+    metrics.add_max("rollout/log_prob_diff_max", log_ratio.abs().max().item())
+
+
 @dataclass
 class DataParallelActor:
     """Updates a sharded policy. Every rank holds one with its own rows and calls it in step with the others."""
@@ -60,6 +68,7 @@ class DataParallelActor:
     max_response_length: int
     device: torch.device
     exact: tuple[str, ...] = ()
+    old_log_probs: OldLogProbs = OldLogProbs.auto
     skipped_in_a_row: int = 0
     nonfinite_terms: set[str] = field(default_factory=set)
 
@@ -115,7 +124,12 @@ class DataParallelActor:
         live = forward_views(self.policy, rows, views, temperature, self.device, self.exact)
         stored = {n: t.to(self.device) for n, t in rows.tensors.items() if n.endswith(STORED_SUFFIXES)}
         mask = stored["response_mask"]
-        if first and "old_log_probs" in stored:
+        if "old_log_probs" not in stored:
+            from_rollout = self.old_log_probs == OldLogProbs.rollout
+            stored["old_log_probs"] = stored["rollout_log_probs"] if from_rollout else live["log_probs"].detach()
+            if first:
+                add_mismatch(metrics, live["log_probs"].detach(), stored["rollout_log_probs"], mask)
+        elif first:
             # Nothing has been updated yet: whatever differs here is numerics, and should be almost 0.
             difference = (live["log_probs"].detach() - stored["old_log_probs"])[mask.bool()]
             metrics.add_max("actor/first_log_ratio_max", difference.abs().max().item() if len(difference) else 0.0)

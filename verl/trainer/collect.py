@@ -1,0 +1,160 @@
+"""From prompts to the rows of a step: generation, views, rewards, and DAPO's choice of groups."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import ray
+import torch
+
+from verl.algorithms.filtering import keep_groups
+from verl.algorithms.groups import group_mean
+from verl.data.collate import pad_rows, whole_sequences
+from verl.data.views import add_view
+from verl.data.vision import VisionProcessor
+from verl.protocol import DataProto, object_array
+from verl.trainer.run import Run
+from verl.workers.reward.manager import RewardInput, RewardScore
+from verl.workers.rollout.base import train_sampling
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Rows:
+    """What a step trains on: whole groups of responses, side by side.
+
+    `scoring` stands for the list[RewardScore] of the rows. `mini_batches` is the number of updates that they make.
+    """
+
+    batch: DataProto
+    inputs: list[RewardInput]
+    scoring: ray.ObjectRef
+    mini_batches: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Collector:
+    """Draws prompts and makes the rows of one step after the other.
+
+    With `algorithm.online_filtering` (DAPO's dynamic sampling, arXiv 2503.14476, section 3.2) it goes on drawing until
+    enough groups are neither all right nor all wrong. What is more than a step needs waits for the next one, so that
+    nothing that was generated is thrown away; its responses then come from weights that are a step older, as
+    `rollout/weight_version` shows. Where too few groups survive, the step trains on those there are.
+    """
+
+    def __init__(self, run: Run, prompts: Iterator[tuple[int, DataProto]]) -> None:
+        self.run = run
+        self.prompts = prompts
+        self.waiting: DataProto | None = None
+
+    def collect(self) -> Rows | None:
+        """The rows of the next step; None where filtering has left none."""
+        run = self.run
+        if run.config.algorithm.online_filtering:
+            rows, metrics = self._filtered()
+            rows, mini_batches = self._cut(rows)
+            if rows is None:
+                return None
+            metrics["train/filter_waiting_groups"] = len(self.waiting or ()) / run.sizes.responses_per_prompt
+            scoring = ray.put(list(rows["score"]))
+        else:
+            rows, metrics, mini_batches = self._generate(), {}, run.sizes.mini_batches
+            scoring = run.workers.start_reward(reward_inputs(run.vision, rows))
+        run.workers.rollout.sleep()
+        batch = whole_sequences(rows)
+        return Rows(batch, reward_inputs(run.vision, batch), scoring, mini_batches, metrics)
+
+    def _generate(self) -> DataProto:
+        """A row for each response to the next prompts, with every view, and without the pictures."""
+        run = self.run
+        epoch, prompts = next(self.prompts)
+        uids = list(prompts["uid"])
+        sampling = train_sampling(run.config.worker.rollout, run.config.data.max_response_length, uids, epoch)
+        rollout = run.workers.rollout.generate(prompts, sampling)
+        rows = add_views(run, prompts, epoch)  # while the engine generates
+        return rows.with_columns(dict(run.workers.rollout.result(rollout).tensors.items()))
+
+    def _filtered(self) -> tuple[DataProto, dict[str, float]]:
+        """Groups that teach something, those that waited first, and what the filter saw."""
+        run, algorithm = self.run, self.run.config.algorithm
+        n, needed = run.sizes.responses_per_prompt, run.sizes.prompts_per_step
+        parts = [self.waiting] if self.waiting is not None else []
+        seen: list[torch.Tensor] = []
+        tries = 0
+        while sum(map(len, parts)) < needed * n and tries < run.config.trainer.max_try_make_batch:
+            rows = self._generate()
+            scores = ray.get(run.workers.start_reward(reward_inputs(run.vision, rows)))
+            values = filter_values(scores, algorithm.filter_key)
+            group = torch.arange(len(rows)) // n
+            keep = keep_groups(values, group, algorithm.filter_low, algorithm.filter_high)
+            parts.append(rows.with_columns(objects={"score": object_array(scores)}).rows(keep))
+            seen.append(group_mean(values, group)[::n])
+            tries += 1
+        rows = concat_rows([part for part in parts if len(part)], run.vision.special.pad) if any(parts) else parts[0]
+        if len(rows) < needed * n:
+            logger.warning(
+                "only %d of %d groups survived the filter in %d tries (trainer.max_try_make_batch): this step trains "
+                "on those",
+                len(rows) // n,
+                needed,
+                tries,
+            )
+        metrics = {"train/filter_tries": float(tries)}
+        if seen:
+            means = torch.cat(seen)
+            metrics["train/filter_all_right"] = (means >= algorithm.filter_high).double().mean().item()
+            metrics["train/filter_all_wrong"] = (means <= algorithm.filter_low).double().mean().item()
+        return rows, metrics
+
+    def _cut(self, rows: DataProto) -> tuple[DataProto | None, int]:
+        """(rows of this step, their number of mini-batches); the rest waits. Ranks must share each mini-batch equally,
+        so a step that is too small for one ordinary update makes one smaller update."""
+        sizes = self.run.sizes
+        n = sizes.responses_per_prompt
+        groups = len(rows) // n
+        mini_batches = min(groups // sizes.prompts_per_update, sizes.mini_batches)
+        take = mini_batches * sizes.prompts_per_update
+        if not take:
+            take = next((g for g in range(groups, 0, -1) if g * n % sizes.ranks == 0), 0)
+        self.waiting = rows.rows(slice(take * n, None)) if take < groups else None
+        return (rows.rows(slice(0, take * n)), max(mini_batches, 1)) if take else (None, 0)
+
+
+def filter_values(scores: list[RewardScore], key: str) -> torch.Tensor:
+    """[B] what the filter looks at. Raises ValueError where the reward has no such component."""
+    if scores and key not in scores[0]:
+        raise ValueError(
+            f"algorithm.filter_key='{key}': the reward function returns {', '.join(scores[0])}; name one of those"
+        )
+    return torch.tensor([score[key] for score in scores], dtype=torch.float64)
+
+
+def concat_rows(parts: list[DataProto], pad: int) -> DataProto:
+    """Rows of several generations as one batch, padded to the widest."""
+    prompt = max(part["prompt_ids"].shape[1] for part in parts)
+    response = max(part["responses"].shape[1] for part in parts)
+    return DataProto.concat([pad_rows(part, prompt, response, pad) for part in parts])
+
+
+def add_views(run: Run, prompts: DataProto, epoch: int) -> DataProto:
+    """A row per response, with the image tensors of every view that a loss term reads, and without the pictures."""
+    copies = run.sizes.responses_per_prompt
+    rows = prompts.repeat_interleave(copies)
+    for view in run.requirements.views:
+        config = run.config.algorithm.views[view]
+        rows = add_view(rows, view, config, run.vision, run.config.trainer.seed, epoch, copies)
+    return rows.select([c for c in (*rows.tensors.keys(), *rows.objects) if c not in ("images", "view_images")])
+
+
+def reward_inputs(vision: VisionProcessor, batch: DataProto) -> list[RewardInput]:
+    """What the reward function sees of each response."""
+    lengths = batch["response_mask"].sum(dim=1).tolist()
+    tokens = [ids[:length] for ids, length in zip(batch["responses"].tolist(), lengths, strict=True)]
+    texts = vision.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [
+        RewardInput(response=text, response_length=length, ground_truth=answer)
+        for text, length, answer in zip(texts, lengths, batch["answer"], strict=True)
+    ]
