@@ -153,6 +153,8 @@ def test_unknown_presets_and_missing_values_are_named():
         (["algorithm.overlong_buffer=2049"], "algorithm.overlong_buffer=2049: from 0"),
         (["data.mini_rollout_batch_size=128"], "data.mini_rollout_batch_size=128: .* only with .*online_filtering"),
         (["algorithm.old_log_probs=rollout", "algorithm.terms.policy.tis=token"], "terms.policy.tis corrects"),
+        (["algorithm.watchdog.window=0"], "algorithm.watchdog.window=0"),
+        (["algorithm.watchdog.reduce_factor=1"], "algorithm.watchdog.reduce_factor=1.0"),
         (["worker.rollout.max_failures=0"], "max_failures=0"),
         (["algorithm.adv_estimator=gae"], "unknown advantage estimator 'gae'"),
         (["algorithm.terms.perception_kl.coef=-0.01"], "algorithm.terms.perception_kl.coef=-0.01"),

@@ -91,7 +91,7 @@ def weights(actor: DataParallelActor) -> dict[str, torch.Tensor]:
 
 def gradient(model: Path, batch: DataProto, **options: Any) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """(gradient of one mini-batch by weight, this rank's metrics)."""
-    defaults = {"mini_batches": 1, "temperature": 1.0, "step": 1, "total_steps": 1}
+    defaults = {"mini_batches": 1, "temperature": 1.0, "step": 1, "total_steps": 1, "scale": 1.0}
     arguments = [options.pop(name, default) for name, default in defaults.items()]
     actor = build_actor(model, **options)
     before = weights(actor)

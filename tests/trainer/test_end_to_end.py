@@ -213,6 +213,21 @@ def test_papo_d_filters_groups_and_shapes_long_responses(assets, tmp_path):
         assert "timing_s/old_log_probs" not in record and record["rollout/log_prob_diff_max"] < 1e-4
 
 
+def test_the_watchdog_can_end_a_run_and_leaves_what_a_run_leaves(assets, tmp_path):
+    """A band of no width, so that the first step behind it is an event."""
+    strict = "window: 1, warmup_steps: 0, patience: 1, relative: 0, tolerance: 0, action: stop"
+    overrides = [f"algorithm.watchdog={{{strict}}}", "trainer.max_steps=6", "algorithm.terms.perception_kl.coef=5"]
+    overrides += ["worker.actor.optim.lr=0.01", "worker.actor.optim.lr_warmup_steps=0", "trainer.val_freq=0"]
+    done = start(assets, tmp_path / "out", *overrides, "trainer.n_gpus_per_node=1")
+    assert done.returncode == 0, done.stderr[-4000:]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    events = records(tmp_path / "out" / "events.jsonl")
+    assert summary["steps"] < 6 and "val_accuracy_after" in summary
+    assert {event["step"] for event in events} == {summary["steps"]} and events[0]["action"] == "stop"
+    assert f"the watchdog has stopped the run after step {summary['steps']}" in done.stderr
+    assert (tmp_path / "out" / "model" / "config.json").exists()
+
+
 def test_validation_alone_starts_no_training_worker(assets, tmp_path):
     overrides = ["trainer.val_only=true", "data.train_files=null", "worker.rollout.data_parallel_size=2"]
     done = start(assets, tmp_path / "out", *overrides)

@@ -224,6 +224,14 @@ def test_a_schedule_scales_its_term_and_is_logged(model, batch):
     assert metrics["actor/coef/policy"] == 1.0
 
 
+def test_a_scale_moves_maximised_terms_alone(model, batch):
+    terms = {"policy": PolicyTermConfig(), "kl": PerceptionKLConfig(coef=0.8)}
+    scaled, metrics = gradient(model, batch, terms=terms, scale=0.25)
+    smaller, _ = gradient(model, batch, terms={**terms, "kl": PerceptionKLConfig(coef=0.2)})
+    assert_same(scaled, smaller)
+    assert metrics["actor/coef/kl"] == 0.2 and "actor/coef/policy" not in metrics
+
+
 def test_gradient_with_text_only_and_multi_image_rows(model, mixed):
     assert_same(gradient(model, mixed)[0], definition(model, mixed)[0])
     assert_same(gradient(model, mixed, micro_batch_size_per_device_for_update=1)[0], definition(model, mixed)[0])

@@ -124,6 +124,41 @@ class ViewConfig:
         """Raise ValueError, naming `key`, where a value has no meaning."""
 
 
+class WatchdogAction(StrEnum):
+    """What follows from a sign of collapse: a line in the log and in events.jsonl (`warn`); also smaller coefficients
+    of the maximised terms (`reduce`); or the end of the run, with the model saved (`stop`)."""
+
+    off = "off"
+    warn = "warn"
+    reduce = "reduce"
+    stop = "stop"
+
+
+@dataclass
+class WatchdogConfig:
+    """See `verl.trainer.watchdog.Watchdog`. It looks away for the first `warmup_steps`; a longer `window` follows
+    slower, and so sees a slower runaway."""
+
+    action: WatchdogAction = WatchdogAction.warn
+    window: int = 20
+    warmup_steps: int = 10
+    tolerance: float = 4.0
+    relative: float = 0.5
+    patience: int = 3
+    reduce_factor: float = 0.5
+
+    def check(self, key: str) -> None:
+        """Raise ValueError, naming `key`, where a value has no meaning."""
+        for name in ("window", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{key}.{name}={getattr(self, name)}: 1 or more is needed")
+        for name in ("warmup_steps", "tolerance", "relative"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{key}.{name}={getattr(self, name)}: 0 or more is needed")
+        if not 0 <= self.reduce_factor < 1:
+            raise ValueError(f"{key}.reduce_factor={self.reduce_factor}: from 0 up to, not including, 1")
+
+
 class OldLogProbs(StrEnum):
     """Where the log-probs come from that the policy's ratio compares with.
 
@@ -154,5 +189,6 @@ class AlgorithmConfig:
     filter_high: float = 0.99
     overlong_buffer: int = 0
     overlong_penalty: float = 1.0
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     terms: dict[str, LossTermConfig] = field(default_factory=dict)
     views: dict[str, ViewConfig] = field(default_factory=dict)

@@ -142,6 +142,7 @@ def _check_algorithm(config: Config) -> None:
         raise ValueError(
             f"data.mini_rollout_batch_size={mini}: 1 or more, and only with algorithm.online_filtering=true"
         )
+    algorithm.watchdog.check("algorithm.watchdog")
     for name, term in config.algorithm.terms.items():
         if algorithm.old_log_probs == OldLogProbs.rollout and getattr(term, "tis", Truncation.off) != Truncation.off:
             raise ValueError(

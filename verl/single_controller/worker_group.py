@@ -76,15 +76,17 @@ class ActorGroup(LogProbGroup):
         self.connect()
         return self.on_all(ActorWorker.build, total_updates)[0]
 
-    def update_policy(self, batch: DataProto, num_mini_batches: int, step: int = 1, total_steps: int = 1) -> MetricBag:
-        """All updates of step `step`, counted from 1.
+    def update_policy(
+        self, batch: DataProto, num_mini_batches: int, step: int = 1, total_steps: int = 1, scale: float = 1.0
+    ) -> MetricBag:
+        """All updates of step `step`, counted from 1; `scale` multiplies the coefficients of maximised terms.
 
         The batch is cut into consecutive mini-batches first and each of those among the ranks, so that what a
         mini-batch is made of does not depend on the number of ranks.
         """
         pieces = [mini_batch.chunk(self.size) for mini_batch in batch.chunk(num_mini_batches)]
         shards = [DataProto.concat([piece[rank] for piece in pieces]) for rank in range(self.size)]
-        arguments = (num_mini_batches, step, total_steps)
+        arguments = (num_mini_batches, step, total_steps, scale)
         return MetricBag.merged(self.on_shards(ActorWorker.update_policy, shards, *arguments))
 
     def send_through(self, carrier: str) -> tuple[str, int] | None:

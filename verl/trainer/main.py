@@ -57,7 +57,7 @@ def describe(summary: dict[str, float], run_dir: str) -> list[str]:
     for name, form in (("val_accuracy", ".1%"), ("val_reward", ".4f")):  # of a run that only validates
         if name in summary:
             lines.append(f"{name.replace('val_', 'validation ')}: {summary[name]:{form}}")
-    names = ("summary.json", "curves.png", "metrics.jsonl", "samples.jsonl", "config.yaml", "model")
+    names = ("summary.json", "curves.png", "metrics.jsonl", "samples.jsonl", "events.jsonl", "config.yaml", "model")
     found = [os.path.relpath(os.path.join(run_dir, n)) for n in names if os.path.exists(os.path.join(run_dir, n))]
     return [*lines, *(f"  {path}" for path in found)]
 

@@ -11,6 +11,7 @@ import ray
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from verl.algorithms.losses.compose import build_terms
 from verl.protocol import DataProto
 from verl.single_controller.resources import start_ray
 from verl.tracking import TRACKERS
@@ -20,6 +21,7 @@ from verl.trainer.run import Run
 from verl.trainer.run_dir import RunDir
 from verl.trainer.step import run_step
 from verl.trainer.validation import validate
+from verl.trainer.watchdog import Verdict, Watchdog
 from verl.trainer.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ class RayTrainer:
             ray.shutdown()
             self.run_dir.draw_curves()
         summary = {
-            "steps": plan.total_steps,
+            "steps": validations.pop("steps", plan.total_steps),
             "seconds": round(time.perf_counter() - started, 1),
             "seed": self.trainer.seed,
             **validations,
@@ -68,14 +70,22 @@ class RayTrainer:
             self._log(0, metrics)
             validations |= _for_summary(metrics, "before")
         collector = Collector(self.run, self._prompts())
+        algorithm = self.plan.config.algorithm
+        watchdog, verdict = Watchdog(algorithm.watchdog, build_terms(algorithm.terms)), Verdict()
         for step in tqdm(range(1, self.plan.total_steps + 1), desc="training", unit="step", smoothing=0.1):
-            result = run_step(self.run, collector, step)
+            result = run_step(self.run, collector, step, verdict.scale)
             self.run_dir.add_samples(step, "train", result.samples)
-            last = step == self.plan.total_steps
+            verdict = watchdog.observe(step, result.metrics)
+            self.run_dir.add_events(verdict.events)
+            last = step == self.plan.total_steps or verdict.stop
             due = self.trainer.val_freq and step % self.trainer.val_freq == 0
             if (last and self.trainer.val_after_train) or (due and not last):
                 result.metrics.update(self._validate(step))
             self._log(step, result.metrics)
+            if verdict.stop:
+                logger.warning("the watchdog has stopped the run after step %d", step)
+                validations["steps"] = step
+                break
         if self.trainer.val_after_train:
             validations |= _for_summary(result.metrics, "after")
         return validations

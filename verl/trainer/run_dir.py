@@ -43,6 +43,14 @@ class RunDir:
             for record in records:
                 file.write(json.dumps({"step": step, "split": split, **record}, ensure_ascii=False) + "\n")
 
+    def add_events(self, events: list[dict[str, Any]]) -> None:
+        """Append what the watchdog saw to events.jsonl; a bound that there is not is null."""
+        if not events:
+            return
+        with open(self.file("events.jsonl"), "a", encoding="utf-8") as file:
+            for event in events:
+                file.write(json.dumps(event) + "\n")
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         with (
             atomic_path(self.file("summary.json")) as temporary,

@@ -30,8 +30,9 @@ class StepResult:
     samples: list[dict[str, Any]]
 
 
-def run_step(run: Run, collector: Collector, step: int) -> StepResult:
-    """Generate, score, compute log-probs and advantages, update, and give the engines the new weights."""
+def run_step(run: Run, collector: Collector, step: int, scale: float = 1.0) -> StepResult:
+    """Generate, score, compute log-probs and advantages, update, and give the engines the new weights. `scale`
+    multiplies the coefficients of maximised terms."""
     timings = Timings()
     with timings("step"):
         with timings("rollout"):
@@ -46,7 +47,8 @@ def run_step(run: Run, collector: Collector, step: int) -> StepResult:
         batch, group = add_advantages(run, batch, scores)
         with timings("update"):
             columns = update_columns(run, batch)
-            updated = run.workers.actor.update_policy(columns, rows.mini_batches, step, run.total_steps)
+            actor = run.workers.actor
+            updated = actor.update_policy(columns, rows.mini_batches, step, run.total_steps, scale)
         with timings("weight_sync"):
             run.workers.rollout.sync_weights(run.workers.actor)
     metrics = {

@@ -111,10 +111,12 @@ class ActorWorker(ModelWorker):
         )
         return sum(p.numel() for p in self.policy.parameters())
 
-    def update_policy(self, batch: DataProto, num_mini_batches: int, step: int, total_steps: int) -> MetricBag:
+    def update_policy(
+        self, batch: DataProto, num_mini_batches: int, step: int, total_steps: int, scale: float
+    ) -> MetricBag:
         """All updates of one step on this rank's rows; returns its metrics."""
         temperature = self.config.worker.rollout.temperature
-        return self.actor.update_policy(batch, num_mini_batches, temperature, step, total_steps)
+        return self.actor.update_policy(batch, num_mini_batches, temperature, step, total_steps, scale)
 
     def send_through(self, carrier: str) -> tuple[str, int] | None:
         """Prepare a carrier; where sender and receivers must meet, returns (host, port) on the sending rank."""

@@ -73,13 +73,20 @@ class DataParallelActor:
     nonfinite_terms: set[str] = field(default_factory=set)
 
     def update_policy(
-        self, batch: DataProto, num_mini_batches: int, temperature: float, step: int = 1, total_steps: int = 1
+        self,
+        batch: DataProto,
+        num_mini_batches: int,
+        temperature: float,
+        step: int = 1,
+        total_steps: int = 1,
+        scale: float = 1.0,
     ) -> MetricBag:
         """Clipped policy loss plus every other term; one optimizer update per mini-batch and epoch.
 
         Args:
             batch: this rank's rows, mini-batch after mini-batch, each with equally many.
             step: counted from 1, of `total_steps`; coefficients may follow a schedule.
+            scale: multiplies the coefficients of maximised terms, which have no end of their own.
 
         Returns:
             this rank's metrics, to be merged over ranks.
@@ -89,9 +96,11 @@ class DataParallelActor:
         """
         self.policy.train()
         metrics = MetricBag()
-        coefs = {term.name: term.coef(step, total_steps) for term in self.terms}
+        coefs = {}
         for term in self.terms:
-            if term.config.schedule != ScheduleConfig():
+            factor = scale if term.kind.sign < 0 else 1.0
+            coefs[term.name] = factor * term.coef(step, total_steps)
+            if term.config.schedule != ScheduleConfig() or factor != 1.0:
                 metrics.add(f"actor/coef/{term.name}", coefs[term.name])
         for epoch in range(self.config.ppo_epochs):
             for number, mini_batch in enumerate(batch.chunk(num_mini_batches)):
