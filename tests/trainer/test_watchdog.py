@@ -75,6 +75,14 @@ def test_a_term_that_runs_away_is_seen_within_ten_steps(caplog):
     assert len(events) > 3 and events[-1]["high"] == events[0]["high"]
 
 
+def test_a_term_that_runs_away_from_the_first_step_is_seen_too():
+    """The perception KL of a run with gamma = 0.1, a live masked view and no entropies, as logged."""
+    logged = [0.82, 0.79, 1.62, 1.62, 2.38, 3.20, 4.14, 5.60, 6.23, 7.31, 7.67, 8.40, 8.29, 8.81]
+    bend = lambda step, metrics: {**metrics, "actor/perception_kl": logged[step - 1]}  # noqa: E731
+    _, events, _ = run(WatchdogConfig(), len(logged), bend)
+    assert [event["step"] for event in events] == [9, 12]
+
+
 def test_reduce_halves_again_and_again_and_stop_stops():
     _, events, verdicts = run(WatchdogConfig(action=WatchdogAction.reduce), 80, runaway)
     assert verdicts[-1].scale == 0.5 ** len(events) and events[0]["scale"] == 0.5

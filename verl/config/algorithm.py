@@ -141,7 +141,7 @@ class WatchdogConfig:
 
     action: WatchdogAction = WatchdogAction.warn
     window: int = 20
-    warmup_steps: int = 10
+    warmup_steps: int = 0
     tolerance: float = 4.0
     relative: float = 0.5
     patience: int = 3

@@ -58,7 +58,7 @@ def find_signals(terms: list[LossTerm]) -> list[Signal]:
 
 class Watchdog:
     """Compares each step's signals with the band of their last `window` healthy values: median +- the largest of
-    `tolerance` standard deviations, `relative` x the median, and a floor of the signal's own.
+    `tolerance` standard deviations (the median at most), `relative` x the median, and a floor of the signal's own.
 
     A signal that is outside for `patience` steps in a row is an event. Values outside do not move the band.
     """
@@ -112,5 +112,7 @@ class Watchdog:
         """(low, high); no low where only a rise counts."""
         centre = statistics.median(values)
         spread = SPREAD_OF_MAD * statistics.median(abs(value - centre) for value in values)
-        half = max(self.config.tolerance * spread, self.config.relative * abs(centre), signal.floor)
+        # A signal that grows from the first step on scatters widely; its band must not grow along with it.
+        scatter = min(self.config.tolerance * spread, abs(centre))
+        half = max(scatter, self.config.relative * abs(centre), signal.floor)
         return (centre - half if signal.both_sides else None), centre + half
