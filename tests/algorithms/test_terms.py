@@ -12,6 +12,7 @@ from verl.algorithms.losses.entropy import EntropyEstimator, EntropyTermConfig
 from verl.algorithms.losses.estimators import Estimator
 from verl.algorithms.losses.policy import PolicyTermConfig
 from verl.algorithms.losses.ref_kl import RefKLTermConfig
+from verl.algorithms.losses.sft import SFTTermConfig
 from verl.algorithms.losses.term import LOSS_TERMS, TermOutput
 from verl.config.algorithm import Truncation
 
@@ -169,6 +170,16 @@ def test_the_terms_over_the_whole_vocabulary_read_the_columns_of_the_forward():
         assert torch.equal(evaluate(config, {**cols, **exact}).values, torch.where(rows, exact[name], 0.0))
     own = EntropyTermConfig(estimator=EntropyEstimator.full)
     assert torch.equal(evaluate(own, exact).values, exact["full_entropy"])
+
+
+def test_sft_imitates_correct_responses_alone():
+    cols = columns()
+    cols["accuracy"] = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0])
+    values = evaluate(SFTTermConfig(coef=1.0), cols).values
+    (gradient,) = torch.autograd.grad(values.sum(), cols["log_probs"])
+    right = torch.tensor([True, False, True, False, False])[:, None].expand(B, T)
+    torch.testing.assert_close(values[right], -cols["log_probs"][right])
+    assert (values[~right] == 0).all() and (gradient == torch.where(right, -1.0, 0.0)).all()
 
 
 def test_perception_kl_is_maximised():
