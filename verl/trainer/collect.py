@@ -59,13 +59,14 @@ class Collector:
             if rows is None:
                 return None
             metrics["train/filter_waiting_groups"] = len(self.waiting or ()) / run.sizes.responses_per_prompt
+            inputs = reward_inputs(run.vision, rows)
             scoring = ray.put(list(rows["score"]))
         else:
             rows, metrics, mini_batches = self._generate(), {}, run.sizes.mini_batches
-            scoring = run.workers.start_reward(reward_inputs(run.vision, rows))
+            inputs = reward_inputs(run.vision, rows)
+            scoring = run.workers.start_reward(inputs)
         run.workers.rollout.sleep()
-        batch = whole_sequences(rows)
-        return Rows(batch, reward_inputs(run.vision, batch), scoring, mini_batches, metrics)
+        return Rows(whole_sequences(rows), inputs, scoring, mini_batches, metrics)
 
     def _generate(self) -> DataProto:
         """A row for each response to the next prompts, with every view, and without the pictures."""
