@@ -207,10 +207,14 @@ def test_papo_d_filters_groups_and_shapes_long_responses(assets, tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     _, first, second = records(tmp_path / "out" / "metrics.jsonl")
     for record in (first, second):
-        assert record["train/groups_without_signal"] == 0 and record["train/filter_tries"] >= 2
+        assert record["train/groups_without_signal"] == 0
         assert record["actor/skipped_frac"] == 0 and record["train/overlong_penalty"] < 0
         # One update per step: no pass for the old log-probs, and the update itself tells how far the engine is off.
-        assert "timing_s/old_log_probs" not in record and record["rollout/log_prob_diff_max"] < 1e-4
+        # Responses that waited come from older weights, so they are a little off.
+        waited = record["rollout/weight_version"] != record["step"] - 1
+        assert "timing_s/old_log_probs" not in record and (waited or record["rollout/log_prob_diff_max"] < 1e-4)
+    # Three prompts at a time cannot fill the first step of four groups at once.
+    assert first["rollout/weight_version"] == 0 and first["train/filter_tries"] >= 2
 
 
 def test_the_watchdog_can_end_a_run_and_leaves_what_a_run_leaves(assets, tmp_path):

@@ -98,10 +98,10 @@ def test_metrics_of_rewards_and_of_engine_against_trainer():
 def test_an_engine_that_samples_from_another_policy_is_warned_of(caplog):
     metrics = {"rollout/mismatch_kl": 0.3, "rollout/log_prob_diff_max": 2.0, "rollout/weight_version": 4.0}
     for quiet in ({**metrics, "rollout/mismatch_kl": 0.01}, {}):
-        warn_of_mismatch(quiet, truncated_sampling=False)
-    warn_of_mismatch(metrics, truncated_sampling=True)
+        warn_of_mismatch(quiet, expected=False)
+    warn_of_mismatch(metrics, expected=True)
     assert not caplog.records
-    warn_of_mismatch(metrics, truncated_sampling=False)
+    warn_of_mismatch(metrics, expected=False)
     assert "rollout engine and trainer disagree: KL 0.3 nats per token" in caplog.text
 
 

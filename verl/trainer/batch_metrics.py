@@ -51,13 +51,13 @@ def rollout_metrics(batch: DataProto, max_response_length: int) -> dict[str, flo
     return metrics
 
 
-def warn_of_mismatch(metrics: dict[str, float], truncated_sampling: bool) -> None:
+def warn_of_mismatch(metrics: dict[str, float], expected: bool) -> None:
     """Warn where the engine samples from another policy than the trainer trains.
 
-    With top-p or top-k the engine's distribution is another one by intent, and nothing is said.
+    Nothing is said where that is `expected`: with top-p or top-k, and with responses that waited for this step.
     """
     mismatch = metrics.get("rollout/mismatch_kl", 0.0)
-    if mismatch > LARGE_MISMATCH and not truncated_sampling:
+    if mismatch > LARGE_MISMATCH and not expected:
         logger.warning(
             "rollout engine and trainer disagree: KL %.3g nats per token, |difference of log-probs| up to %.3g "
             "(weights version %d). The gradient is then off-policy",

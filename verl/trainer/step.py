@@ -62,7 +62,8 @@ def run_step(run: Run, collector: Collector, step: int, scale: float = 1.0) -> S
     if run.config.algorithm.overlong_buffer:
         metrics["train/overlong_penalty"] = batch["scores"].double().mean().item() - metrics["train/reward"]
     sampling = run.config.worker.rollout
-    warn_of_mismatch(metrics, truncated_sampling=sampling.top_p < 1 or sampling.top_k > 0)
+    waited = batch["weight_version"].unique().numel() > 1
+    warn_of_mismatch(metrics, expected=sampling.top_p < 1 or sampling.top_k > 0 or waited)
     return StepResult(metrics, samples(batch, rows.inputs, scores, run.config.trainer.samples_per_step))
 
 
