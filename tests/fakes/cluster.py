@@ -12,6 +12,7 @@ import ray
 import torch
 
 from tests.fakes.rollouts import make_batch
+from tests.fakes.rows import row
 from verl.config.compose import compose_config
 from verl.config.config import Config
 from verl.data.collate import PromptCollator
@@ -22,6 +23,9 @@ from verl.single_controller.resources import plan_layout
 from verl.single_controller.rollout_group import RolloutGroup
 from verl.single_controller.worker_group import ActorGroup
 from verl.workers.rollout.base import SamplingParams
+
+# Prompts with no, one and two images.
+MIXED = [row(), row("How much is 1+1? Think.", images=0), row("<image>+<image>", images=2, width=84), row("<image>?")]
 
 
 @dataclass
@@ -44,6 +48,9 @@ class Cluster:
         """Move every weight of the actor, by real updates."""
         for _ in range(updates):
             self.actor.update_policy(make_batch(assets), 1)
+
+    def generate(self, prompts: DataProto, sampling: list[SamplingParams]) -> DataProto:
+        return self.rollout.result(self.rollout.generate(prompts, sampling))
 
     def stop(self) -> None:
         self.rollout.stop()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from tests.fakes.cluster import kill_one_while_it_generates, read_prompts, requests, start_cluster
+from tests.fakes.cluster import MIXED, kill_one_while_it_generates, read_prompts, requests, start_cluster
 from tests.fakes.rows import row, write_parquet
 from verl.config.compose import compose_config
 from verl.data.collate import join_responses
@@ -26,13 +26,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def cluster(model, ray_cluster, tmp_path_factory):
     """Two replicas and a trainer, on prompts with no, one and two images; first with an untied head, then tied."""
-    rows = [
-        row(),
-        row("How much is 1+1? Think.", images=0),
-        row("<image>+<image>", images=2, width=84),
-        row("<image>?"),
-    ]
-    path = write_parquet(tmp_path_factory.mktemp("vllm") / "a.parquet", rows)
+    path = write_parquet(tmp_path_factory.mktemp("vllm") / "a.parquet", MIXED)
     cluster = start_cluster(model, path, "worker.rollout.name=vllm", "worker.rollout.data_parallel_size=2")
     yield cluster
     cluster.stop()
@@ -52,10 +46,6 @@ def wide_model(assets, tmp_path):
     return tmp_path / "wide"
 
 
-def generate(cluster, prompts, sampling):
-    return cluster.rollout.result(cluster.rollout.generate(prompts, sampling))
-
-
 def difference(cluster, prompts, responses, n: int) -> torch.Tensor:
     """|log-prob of the engine - log-prob of the trainer| [B, R], at temperature 1."""
     batch = join_responses(prompts, responses, n).select([*TOKENS, "mm_inputs"])
@@ -66,13 +56,13 @@ def difference(cluster, prompts, responses, n: int) -> torch.Tensor:
 def test_engine_and_trainer_agree_before_and_after_syncs_of_trained_weights(cluster, assets):
     """On images that the engine has encoded before: everything made with the old weights has to be forgotten."""
     prompts = read_prompts(cluster)
-    before, start = cluster.weights(), generate(cluster, prompts, requests(4))
+    before, start = cluster.weights(), cluster.generate(prompts, requests(4))
     assert difference(cluster, prompts, start, 3).max() < 1e-4
     for _ in range(2):
         cluster.train(assets)
-        stale = difference(cluster, prompts, generate(cluster, prompts, requests(4)), 3)
+        stale = difference(cluster, prompts, cluster.generate(prompts, requests(4)), 3)
         cluster.rollout.sync_weights(cluster.actor)
-        fresh = generate(cluster, prompts, requests(4))
+        fresh = cluster.generate(prompts, requests(4))
         assert stale.max() > 0.05  # the trainer has moved, and the engine had not yet
         assert difference(cluster, prompts, fresh, 3).max() < 1e-4
     assert (fresh["weight_version"] == 2).all() and (start["weight_version"] == 0).all()
@@ -87,21 +77,21 @@ def test_the_other_carriers_reach_vllms_workers(cluster, assets, carrier):
     cluster.rollout.carrier = carrier
     cluster.rollout.sync_weights(cluster.actor)
     cluster.rollout.carrier = "object_store"
-    assert difference(cluster, prompts, generate(cluster, prompts, requests(4)), 3).max() < 1e-4
+    assert difference(cluster, prompts, cluster.generate(prompts, requests(4)), 3).max() < 1e-4
 
 
 def test_seeds_make_responses_repeatable_and_the_samples_of_a_prompt_differ(cluster):
     prompts, sampling = read_prompts(cluster), requests(4)
-    first, again = generate(cluster, prompts, sampling), generate(cluster, prompts, sampling)
+    first, again = cluster.generate(prompts, sampling), cluster.generate(prompts, sampling)
     assert torch.equal(first["responses"], again["responses"])
     assert len({tuple(ids.tolist()) for ids in first["responses"]}) == 12
-    other = generate(cluster, prompts, [replace(r, seed=r.seed + 1000) for r in sampling])
+    other = cluster.generate(prompts, [replace(r, seed=r.seed + 1000) for r in sampling])
     assert not torch.equal(first["responses"], other["responses"])
 
 
 def test_responses_end_with_the_end_token_and_hold_no_modality_token(cluster):
     special = cluster.vision.special
-    out = generate(cluster, read_prompts(cluster), requests(4, n=30, max_tokens=40))
+    out = cluster.generate(read_prompts(cluster), requests(4, n=30, max_tokens=40))
     lengths = out["response_mask"].sum(1)
     for ids, length in zip(out["responses"], lengths, strict=True):
         assert not set(ids[:length].tolist()) & set(special.banned)
@@ -113,7 +103,7 @@ def test_responses_end_with_the_end_token_and_hold_no_modality_token(cluster):
 
 def first_tokens(cluster, prompts, **changes) -> list[dict[int, float]]:
     """For each prompt the log-prob of every first token that 60 samples show."""
-    out = generate(cluster, prompts, requests(len(prompts), max_tokens=1, n=60, **changes))
+    out = cluster.generate(prompts, requests(len(prompts), max_tokens=1, n=60, **changes))
     pairs = list(zip(out["responses"][:, 0].tolist(), out["rollout_log_probs"][:, 0].tolist(), strict=True))
     return [dict(pairs[60 * index : 60 * index + 60]) for index in range(len(prompts))]
 
@@ -136,14 +126,14 @@ def test_prompts_that_cannot_be_are_refused_by_name(cluster):
     with pytest.raises(
         ValueError, match=r"a.parquet:2: the prompt has 7 image tokens, .*84x28, 84x28 pixels take \[3, 3"
     ):
-        generate(cluster, prompts.with_columns({"prompt_ids": ids}), requests(4))
+        cluster.generate(prompts.with_columns({"prompt_ids": ids}), requests(4))
 
 
 def test_a_replica_that_is_killed_comes_back_with_the_weights_and_nothing_is_lost(cluster, assets):
     prompts, sampling = read_prompts(cluster), requests(4, n=16, max_tokens=200)
     cluster.train(assets, updates=1)
     cluster.rollout.sync_weights(cluster.actor)
-    expected = generate(cluster, prompts, sampling)
+    expected = cluster.generate(prompts, sampling)
     found = kill_one_while_it_generates(cluster, prompts, sampling)
     assert len(found) == 64
     for name in ("responses", "response_mask", "weight_version"):
@@ -158,10 +148,10 @@ def test_an_engine_over_two_devices_takes_weights_through_every_carrier(assets, 
     prompts = read_prompts(cluster)
     for carrier in ("object_store", "ipc", "collective"):
         cluster.train(assets, updates=1)
-        assert difference(cluster, prompts, generate(cluster, prompts, requests(2)), 3).max() > 1e-3
+        assert difference(cluster, prompts, cluster.generate(prompts, requests(2)), 3).max() > 1e-3
         cluster.rollout.carrier = carrier
         cluster.rollout.sync_weights(cluster.actor)
-        assert difference(cluster, prompts, generate(cluster, prompts, requests(2)), 3).max() < 1e-4
+        assert difference(cluster, prompts, cluster.generate(prompts, requests(2)), 3).max() < 1e-4
     cluster.stop()
 
 

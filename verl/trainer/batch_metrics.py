@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from verl.algorithms.losses.estimators import k3
 from verl.protocol import DataProto
 from verl.workers.reward.manager import RewardScore
 
@@ -44,10 +45,10 @@ def rollout_metrics(batch: DataProto, max_response_length: int) -> dict[str, flo
     }
     metrics["rollout/weight_version"] = batch["weight_version"].double().mean().item()
     if "old_log_probs" in batch:
-        log_ratio = (batch["old_log_probs"].double() - batch["rollout_log_probs"].double())[mask]
-        metrics["rollout/log_prob_diff_mean"] = log_ratio.abs().mean().item()
-        metrics["rollout/log_prob_diff_max"] = log_ratio.abs().max().item()
-        metrics["rollout/mismatch_kl"] = (log_ratio.expm1() - log_ratio).mean().item()
+        rollout, trainer = (batch[name][mask].double() for name in ("rollout_log_probs", "old_log_probs"))
+        metrics["rollout/log_prob_diff_mean"] = (trainer - rollout).abs().mean().item()
+        metrics["rollout/log_prob_diff_max"] = (trainer - rollout).abs().max().item()
+        metrics["rollout/mismatch_kl"] = k3(rollout, trainer).mean().item()
     return metrics
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from verl.columns import view_column
-from verl.config.algorithm import OldLogProbs
 from verl.metrics.timing import Timings
 from verl.protocol import DataProto
+from verl.trainer.plan import recomputes_old
 from verl.trainer.run import Run
 from verl.workers.actor.forward import TOKENS
 
@@ -15,7 +15,7 @@ def run_passes(batch: DataProto, run: Run, timings: Timings) -> DataProto:
     workers, requirements = run.workers, run.requirements
     tokens = batch.select([*TOKENS, "mm_inputs"])
     found = {}
-    if recomputes_old(run):
+    if recomputes_old(run.config, requirements, run.sizes):
         with timings("old_log_probs"):
             found["old_log_probs"] = workers.actor.compute_log_probs(tokens)["log_probs"]
     if workers.reference is not None:
@@ -27,10 +27,3 @@ def run_passes(batch: DataProto, run: Run, timings: Timings) -> DataProto:
             seen = workers.actor.compute_log_probs(batch.select([*TOKENS, *images]), view)
             found[view_column(view, "log_probs")] = seen["log_probs"]
     return batch.with_columns(found)
-
-
-def recomputes_old(run: Run) -> bool:
-    """Whether the old log-probs need a pass of their own."""
-    wanted = run.config.algorithm.old_log_probs
-    several = wanted == OldLogProbs.auto and run.sizes.updates_per_step > 1
-    return run.requirements.old and (several or wanted == OldLogProbs.recompute)

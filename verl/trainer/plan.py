@@ -100,13 +100,18 @@ def check(config: Config) -> Requirements:
     return find_requirements(build_terms(config.algorithm.terms), config.algorithm.views)
 
 
+def recomputes_old(config: Config, requirements: Requirements, sizes: Sizes) -> bool:
+    """Whether the old log-probs need a pass of their own."""
+    wanted = config.algorithm.old_log_probs
+    several = wanted == OldLogProbs.auto and sizes.updates_per_step > 1
+    return requirements.old and (several or wanted == OldLogProbs.recompute)
+
+
 def log_requirements(config: Config, requirements: Requirements) -> None:
     """Say which terms and passes a run has, and warn of every term that trains nothing."""
     logger.info("loss: %s", ", ".join(f"{n} ({t.kind}, coef {t.coef:g})" for n, t in config.algorithm.terms.items()))
-    old = requirements.old and config.algorithm.old_log_probs != OldLogProbs.rollout
-    if config.algorithm.old_log_probs == OldLogProbs.auto and compute_sizes(config).updates_per_step == 1:
-        old = False  # the update's own forward gives them
-    passes = ["old log-probs"] * old + ["reference log-probs"] * requirements.reference
+    passes = ["old log-probs"] * recomputes_old(config, requirements, compute_sizes(config))
+    passes += ["reference log-probs"] * requirements.reference
     passes += [f"log-probs of view '{view}' (no gradient)" for view in requirements.stored_views]
     logger.info("passes before the updates: %s", ", ".join(passes) or "none")
     for view in requirements.live_views:

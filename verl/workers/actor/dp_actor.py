@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from verl.algorithms.losses.compose import Denominators, LossTerm, compute_losses
+from verl.algorithms.losses.estimators import k3
 from verl.columns import view_column
 from verl.config.algorithm import OldLogProbs, ScheduleConfig
 from verl.config.worker import ActorConfig
@@ -49,10 +50,11 @@ def compute_log_probs(
 
 def add_mismatch(metrics: MetricBag, log_probs: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> None:
     """How far engine and trainer are apart, where no pass before the updates tells (see `rollout_metrics`)."""
-    log_ratio = torch.where(mask.bool(), log_probs.double() - rollout.double(), 0.0)
-    metrics.add_tokens("rollout/log_prob_diff_mean", log_ratio.abs(), mask)
-    metrics.add_tokens("rollout/mismatch_kl", log_ratio.expm1() - log_ratio, mask)
-    metrics.add_max("rollout/log_prob_diff_max", log_ratio.abs().max().item())
+    log_probs, rollout = log_probs.double(), rollout.double()  # both are 0 at padding
+    difference = (log_probs - rollout).abs()
+    metrics.add_tokens("rollout/log_prob_diff_mean", difference, mask)
+    metrics.add_tokens("rollout/mismatch_kl", k3(rollout, log_probs), mask)
+    metrics.add_max("rollout/log_prob_diff_max", difference.max().item())
 
 
 @dataclass
