@@ -26,6 +26,7 @@ REQUIRES = [
     "jinja2>=3.1,<4",
     "matplotlib>=3.9,<4",
     "scikit-learn>=1.6,<2",
+    "scipy>=1.14,<2",
     "tqdm>=4.66,<5",
     "packaging>=24",
 ]
