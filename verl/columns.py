@@ -42,8 +42,10 @@ COLUMNS: dict[str, Column] = {
     "attention_mask": Column("B L", torch.int64, "trainer", "passes, actor", "1 on every real token"),
     "position_ids": Column("B 3 L", torch.int64, "trainer", "passes, actor", "mRoPE positions"),
     "old_log_probs": Column("B R", torch.float32, "passes", "policy term", "of the policy that begins the step"),
-    "ref_log_probs": Column("B R", torch.float32, "passes", "ref_kl term", "of the frozen reference"),
-    "scores": Column("B", torch.float32, "reward", "advantage", "overall reward of a response"),
+    "ref_log_probs": Column("B R", torch.float32, "passes", "ref_kl term, reward", "of the frozen reference"),
+    "baseline_scores": Column("B", torch.float32, "collect", "remax", "reward of the prompt's greedy response"),
+    "rewards": Column("B R", torch.float32, "advantages", "advantage", "score at the last token, less a KL"),
+    "scores": Column("B", torch.float32, "advantages", "advantage", "sum of a response's rewards"),
     "accuracy": Column("B", torch.float32, "reward", "terms", "its component accuracy, 0 where it has none"),
     "advantages": Column("B R", torch.float32, "advantage", "policy term", "advantage of each token"),
     # One pair per view, here for the view `masked`:

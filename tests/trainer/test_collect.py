@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from tests.fakes.rows import row, write_parquet
-from verl.algorithms.requirements import Requirements
+from verl.algorithms.losses.compose import build_terms
+from verl.algorithms.requirements import find_requirements, required_before_updates
+from verl.algorithms.rewards import RewardKL
 from verl.config.compose import compose_config
 from verl.config.sizes import Sizes
 from verl.data.collate import PromptCollator
@@ -83,7 +85,9 @@ def make(assets, tmp_path, monkeypatch):
 
         workers = SimpleNamespace(rollout=Engine(vision.special.pad), start_reward=reward)
         sizes = Sizes(ranks, 4, N, 2, 1, 8)
-        run = Run(config, sizes, Requirements(True, False, (), (), (), ()), vision, workers, 10)
+        terms, before = build_terms(config.algorithm.terms), required_before_updates(config.algorithm)
+        requirements = find_requirements(terms, config.algorithm.views, before)
+        run = Run(config, sizes, requirements, vision, workers, 10, RewardKL(config.algorithm.reward_kl))
         return Collector(run, prompts())
 
     return make

@@ -172,9 +172,61 @@ class OldLogProbs(StrEnum):
     rollout = "rollout"
 
 
+class Estimator(StrEnum):
+    """How KL(pi || other) is found: from the sampled token (k1, k2, k3), or over the whole vocabulary (full); see
+    verl/algorithms/losses/estimators.py."""
+
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+    full = "full"
+
+
+class KLController(StrEnum):
+    """Whether the coefficient of a KL in the reward stays or follows the KL."""
+
+    fixed = "fixed"
+    adaptive = "adaptive"
+
+
+@dataclass
+class RewardKLConfig:
+    """A KL to the reference inside the reward instead of the loss; 0 is off. See verl.algorithms.rewards.RewardKL.
+
+    `target` in nats per token, `horizon` in responses, both of the adaptive controller.
+    """
+
+    coef: float = 0.0
+    estimator: Estimator = Estimator.k1
+    controller: KLController = KLController.fixed
+    target: float = 0.1
+    horizon: int = 10000
+
+    def check(self, key: str) -> None:
+        """Raise ValueError, naming `key`, where a value has no meaning."""
+        if not math.isfinite(self.coef) or self.coef < 0:
+            raise ValueError(f"{key}.coef={self.coef}: a finite value of 0 or more is needed")
+        if self.estimator == Estimator.full:
+            raise ValueError(f"{key}.estimator=full: a reward is that of the sampled token, k1, k2 or k3")
+        if self.target <= 0 or self.horizon < 1:
+            raise ValueError(f"{key}: target={self.target} and horizon={self.horizon} must be above 0")
+
+
+@dataclass
+class ShaperConfig:
+    """Base of the options of a function that changes advantages before the updates."""
+
+    kind: str = MISSING
+
+    def check(self, key: str) -> None:
+        """Raise ValueError, naming `key`, where a value has no meaning."""
+
+
 @dataclass
 class AlgorithmConfig:
-    """`terms` and `views` are filled by name from the Hydra groups `term` and `view`.
+    """`terms`, `views` and `shapers` are filled by name from the Hydra groups `term`, `view` and `shaper`.
+
+    `gamma` and `lam` are the discount of rewards and the weight of longer sums in `gae`.
 
     `online_filtering` keeps only groups whose mean of the reward's component `filter_key` lies strictly between
     `filter_low` and `filter_high` (DAPO). `overlong_buffer`: a response loses up to `overlong_penalty` of its reward
@@ -182,6 +234,9 @@ class AlgorithmConfig:
     """
 
     adv_estimator: str = "grpo"
+    gamma: float = 1.0
+    lam: float = 1.0
+    reward_kl: RewardKLConfig = field(default_factory=RewardKLConfig)
     old_log_probs: OldLogProbs = OldLogProbs.auto
     online_filtering: bool = False
     filter_key: str = "accuracy"
@@ -192,3 +247,4 @@ class AlgorithmConfig:
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     terms: dict[str, LossTermConfig] = field(default_factory=dict)
     views: dict[str, ViewConfig] = field(default_factory=dict)
+    shapers: dict[str, ShaperConfig] = field(default_factory=dict)

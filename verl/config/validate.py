@@ -36,9 +36,6 @@ POSITIVE = (
     "trainer.n_gpus_per_node",
 )
 
-# They compare responses to one prompt: with one response every advantage is 0.
-GROUP_ESTIMATORS = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline")
-
 
 def validate(config: Config) -> None:
     """Check what no single dataclass can, before anything is built.
@@ -57,6 +54,8 @@ def validate(config: Config) -> None:
         term.check(f"algorithm.terms.{name}")
     for name, view in config.algorithm.views.items():
         view.check(f"algorithm.views.{name}")
+    for name, shaper in config.algorithm.shapers.items():
+        shaper.check(f"algorithm.shapers.{name}")
     if not any(term.coef for term in config.algorithm.terms.values()):
         raise ValueError("algorithm.terms has no term with a coefficient above 0: there is nothing to train on")
 
@@ -100,10 +99,6 @@ def _check_rollout(config: Config) -> None:
         raise ValueError("worker.rollout.val_override_config.temperature: 0 (the likeliest token) or more is needed")
     if validation.n is not None and validation.n < 1:
         raise ValueError(f"worker.rollout.val_override_config.n={validation.n}: 1 or more is needed")
-    if config.algorithm.adv_estimator in GROUP_ESTIMATORS and rollout.n < 2:
-        raise ValueError(
-            f"worker.rollout.n=1: {config.algorithm.adv_estimator} compares responses to one prompt, it needs 2 or more"
-        )
     if not 0 < rollout.gpu_memory_utilization <= 1:
         raise ValueError(
             f"worker.rollout.gpu_memory_utilization={rollout.gpu_memory_utilization}: a share of the GPU, above 0 and "
@@ -142,6 +137,10 @@ def _check_algorithm(config: Config) -> None:
         raise ValueError(
             f"data.mini_rollout_batch_size={mini}: 1 or more, and only with algorithm.online_filtering=true"
         )
+    for key in ("gamma", "lam"):
+        if not 0 <= getattr(algorithm, key) <= 1:
+            raise ValueError(f"algorithm.{key}={getattr(algorithm, key)}: a value from 0 to 1 is needed")
+    algorithm.reward_kl.check("algorithm.reward_kl")
     algorithm.watchdog.check("algorithm.watchdog")
     for name, term in config.algorithm.terms.items():
         if algorithm.old_log_probs == OldLogProbs.rollout and getattr(term, "tis", Truncation.off) != Truncation.off:

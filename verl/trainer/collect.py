@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import ray
 import torch
@@ -15,6 +15,7 @@ from verl.data.collate import pad_rows, whole_sequences
 from verl.data.views import add_view
 from verl.data.vision import VisionProcessor
 from verl.protocol import DataProto, object_array
+from verl.trainer.advantages import overall_scores
 from verl.trainer.run import Run
 from verl.workers.reward.manager import RewardInput, RewardScore
 from verl.workers.rollout.base import train_sampling
@@ -74,9 +75,25 @@ class Collector:
         epoch, prompts = next(self.prompts)
         uids = list(prompts["uid"])
         sampling = train_sampling(run.config.worker.rollout, run.config.data.max_response_length, uids, epoch)
-        rollout = run.workers.rollout.generate(prompts, sampling)
+        if run.requirements.baseline:  # further requests of the same batch, so that no engine waits for them
+            asked = DataProto.concat([prompts, prompts])
+            sampling += [replace(request, n=1, temperature=0.0) for request in sampling]
+        else:
+            asked = prompts
+        rollout = run.workers.rollout.generate(asked, sampling)
         rows = add_views(run, prompts, epoch)  # while the engine generates
-        return rows.with_columns(dict(run.workers.rollout.result(rollout).tensors.items()))
+        responses = run.workers.rollout.result(rollout)
+        if run.requirements.baseline:
+            greedy = responses.rows(slice(len(rows), None))
+            rows = rows.with_columns({"baseline_scores": self._baseline(prompts, greedy)})
+        return rows.with_columns(dict(responses.rows(slice(0, len(rows))).tensors.items()))
+
+    def _baseline(self, prompts: DataProto, greedy: DataProto) -> torch.Tensor:
+        """[B] for each row of a step, the reward of its prompt's greedy response."""
+        run = self.run
+        inputs = reward_inputs(run.vision, prompts.with_columns(dict(greedy.tensors.items())))
+        scores = overall_scores(run.config, ray.get(run.workers.start_reward(inputs)), greedy["response_mask"])
+        return scores.repeat_interleave(run.sizes.responses_per_prompt)
 
     def _filtered(self) -> tuple[DataProto, dict[str, float]]:
         """Groups that teach something, those that waited first, and what the filter saw."""

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from verl.algorithms.advantage import ADVANTAGES
 from verl.algorithms.losses.compose import build_terms
-from verl.algorithms.requirements import Requirements, find_requirements
+from verl.algorithms.requirements import Requirements, find_requirements, required_before_updates
 from verl.config.algorithm import OldLogProbs
 from verl.config.config import Config
 from verl.config.sizes import Sizes, compute_sizes
@@ -90,21 +89,26 @@ def _absolute(path: str) -> str:
 def check(config: Config) -> Requirements:
     """Check the config and every name in it, and derive which passes the run needs. Raises as `validate` does."""
     validate(config)
-    ADVANTAGES[config.algorithm.adv_estimator]
     rollout = config.worker.rollout
     rollout.name = choose_engine(rollout.name)
     if rollout.name == "hf" and rollout.tensor_parallel_size > 1:
         raise ValueError("worker.rollout.tensor_parallel_size: the engine hf runs on one GPU; use the engine vllm")
     for name in config.trainer.logger:
         TRACKERS[name]
-    return find_requirements(build_terms(config.algorithm.terms), config.algorithm.views)
+    before = required_before_updates(config.algorithm)
+    if rollout.n < 2 and any("group" in columns for columns in before.values()):
+        raise ValueError(
+            f"worker.rollout.n={rollout.n}: {config.algorithm.adv_estimator} compares responses to one prompt, it "
+            "needs 2 or more"
+        )
+    return find_requirements(build_terms(config.algorithm.terms), config.algorithm.views, before)
 
 
 def recomputes_old(config: Config, requirements: Requirements, sizes: Sizes) -> bool:
     """Whether the old log-probs need a pass of their own."""
     wanted = config.algorithm.old_log_probs
-    several = wanted == OldLogProbs.auto and sizes.updates_per_step > 1
-    return requirements.old and (several or wanted == OldLogProbs.recompute)
+    too_late = requirements.old_before_updates or sizes.updates_per_step > 1  # for the update's own forward
+    return requirements.old and (wanted == OldLogProbs.recompute or (wanted == OldLogProbs.auto and too_late))
 
 
 def log_requirements(config: Config, requirements: Requirements) -> None:

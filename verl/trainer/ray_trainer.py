@@ -12,6 +12,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from verl.algorithms.losses.compose import build_terms
+from verl.algorithms.rewards import RewardKL
 from verl.protocol import DataProto
 from verl.single_controller.resources import start_ray
 from verl.tracking import TRACKERS
@@ -43,7 +44,10 @@ class RayTrainer:
         try:
             plan = self.plan
             workers = Workers.build(plan)
-            self.run = Run(plan.config, plan.sizes, plan.requirements, plan.vision, workers, plan.total_steps)
+            reward_kl = RewardKL(plan.config.algorithm.reward_kl)
+            self.run = Run(
+                plan.config, plan.sizes, plan.requirements, plan.vision, workers, plan.total_steps, reward_kl
+            )
             with logging_redirect_tqdm():
                 validations = self._validate_only() if self.trainer.val_only else self._train()
             if self.trainer.save_model and not self.trainer.val_only:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from verl.algorithms.requirements import Requirements
+from verl.algorithms.rewards import RewardKL
 from verl.config.config import Config
 from verl.config.sizes import Sizes
 from verl.data.vision import VisionProcessor
@@ -19,3 +20,4 @@ class Run:
     vision: VisionProcessor
     workers: Workers
     total_steps: int
+    reward_kl: RewardKL

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-import torch
 
-from verl.algorithms.advantage import ADVANTAGES
-from verl.algorithms.shaping import overlong_penalty
 from verl.columns import view_column
 from verl.metrics.timing import Timings
 from verl.protocol import DataProto, check_columns
+from verl.trainer.advantages import add_advantages
 from verl.trainer.batch_metrics import reward_metrics, rollout_metrics, warn_of_mismatch
 from verl.trainer.collect import Collector
 from verl.trainer.passes import run_passes
@@ -44,7 +42,7 @@ def run_step(run: Run, collector: Collector, step: int, scale: float = 1.0) -> S
         batch = run_passes(rows.batch, run, timings)  # while the reward scores
         with timings("reward_wait"):
             scores = ray.get(rows.scoring)
-        batch, group = add_advantages(run, batch, scores)
+        batch, group, found = add_advantages(run, batch, scores)
         with timings("update"):
             columns = update_columns(run, batch)
             actor = run.workers.actor
@@ -54,33 +52,16 @@ def run_step(run: Run, collector: Collector, step: int, scale: float = 1.0) -> S
     metrics = {
         **reward_metrics(scores, group),
         **rows.metrics,
+        **found,
         **rollout_metrics(batch, run.config.data.max_response_length),
         **updated.result(),
         **{f"timing_s/{phase}": seconds for phase, seconds in timings.seconds.items()},
         **throughput(batch, timings),
     }
-    if run.config.algorithm.overlong_buffer:
-        metrics["train/overlong_penalty"] = batch["scores"].double().mean().item() - metrics["train/reward"]
     sampling = run.config.worker.rollout
     waited = batch["weight_version"].unique().numel() > 1
     warn_of_mismatch(metrics, expected=sampling.top_p < 1 or sampling.top_k > 0 or waited)
     return StepResult(metrics, samples(batch, rows.inputs, scores, run.config.trainer.samples_per_step))
-
-
-def add_advantages(run: Run, batch: DataProto, scores: list[RewardScore]) -> tuple[DataProto, torch.Tensor]:
-    """The batch with `scores` (the overall reward, less what a response that is too long costs), `accuracy` (0 where
-    the reward has no such component) and `advantages`, and the group [B] of each row: the responses of one prompt."""
-    algorithm = run.config.algorithm
-    group = torch.arange(len(batch)) // run.sizes.responses_per_prompt
-    overall = torch.tensor([score["overall"] for score in scores], dtype=torch.float32)
-    if algorithm.overlong_buffer:
-        lengths = batch["response_mask"].sum(dim=1)
-        penalty = overlong_penalty(lengths, run.config.data.max_response_length, algorithm.overlong_buffer)
-        overall = overall + algorithm.overlong_penalty * penalty
-    estimate = ADVANTAGES[algorithm.adv_estimator]
-    advantages = estimate(overall, group, batch["response_mask"])
-    accuracy = torch.tensor([score.get("accuracy", 0.0) for score in scores], dtype=torch.float32)
-    return batch.with_columns({"scores": overall, "accuracy": accuracy, "advantages": advantages}), group
 
 
 def update_columns(run: Run, batch: DataProto) -> DataProto:

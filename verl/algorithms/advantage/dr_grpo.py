@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from verl.algorithms.advantage.registry import ADVANTAGES
+from verl.algorithms.advantage.registry import advantage
 from verl.algorithms.groups import group_mean
 
 
-@ADVANTAGES.register("dr_grpo")
+@advantage("dr_grpo")
 def dr_grpo(scores: torch.Tensor, group: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
     """score - group mean, the same for every token (Dr. GRPO, arXiv 2503.20783, section 3.2).
 

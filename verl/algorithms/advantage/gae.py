@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from verl.algorithms.advantage.registry import advantage
+from verl.algorithms.advantage.whiten import whiten_over_tokens
+
 
 @torch.no_grad()
 def gae(
@@ -12,7 +15,7 @@ def gae(
     """A_t = sum over l of (gamma lam)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t (arXiv 1506.02438, eq. 16).
 
     The value behind the last valid token is 0: a response ends there. Tokens outside the mask are stepped over
-    as if they were not there. It is no entry of ADVANTAGES, whose estimators know no values.
+    as if they were not there.
 
     Args:
         rewards, values: [B, T], reward for and critic's value before each token.
@@ -35,3 +38,16 @@ def gae(
     advantages = torch.stack(columns[::-1], dim=1)
     returns = torch.where(valid, advantages + values, 0.0)
     return torch.where(valid, advantages, 0.0).float(), returns.float()
+
+
+@advantage("gae")
+def whitened_gae(
+    rewards: torch.Tensor, values: torch.Tensor, response_mask: torch.Tensor, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PPO's advantages: those of `gae`, whitened over all tokens of the step's batch, so that the size of the rewards
+    does not set that of the update; the returns are not.
+
+    Args and returns as in `gae`.
+    """
+    advantages, returns = gae(rewards, values, response_mask, gamma, lam)
+    return whiten_over_tokens(advantages, response_mask), returns

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from verl.algorithms.advantage.registry import ADVANTAGES
+from verl.algorithms.advantage.registry import advantage
 from verl.algorithms.groups import group_mean, group_size, group_sum
 
 EPSILON = 1e-6
 
 
-@ADVANTAGES.register("grpo")
+@advantage("grpo")
 def grpo(scores: torch.Tensor, group: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
     """(score - group mean) / (unbiased group std + 1e-6), the same for every token (arXiv 2402.03300, 4.1.2).
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from verl.algorithms.advantage.registry import ADVANTAGES
+from verl.algorithms.advantage.registry import advantage
 from verl.algorithms.advantage.whiten import whiten_over_tokens
 from verl.algorithms.groups import group_mean
 
 
-@ADVANTAGES.register("reinforce_plus_plus_baseline")
+@advantage("reinforce_plus_plus_baseline")
 def reinforce_plus_plus_baseline(
     scores: torch.Tensor, group: torch.Tensor, response_mask: torch.Tensor
 ) -> torch.Tensor:
@@ -27,4 +27,4 @@ def reinforce_plus_plus_baseline(
     Returns:
         [B, T], 0 at padding.
     """
-    return whiten_over_tokens(scores.double() - group_mean(scores, group), response_mask)
+    return whiten_over_tokens((scores.double() - group_mean(scores, group))[:, None], response_mask)

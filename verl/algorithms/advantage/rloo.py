@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from verl.algorithms.advantage.registry import ADVANTAGES
+from verl.algorithms.advantage.registry import advantage
 from verl.algorithms.groups import group_mean, group_size
 
 
-@ADVANTAGES.register("rloo")
+@advantage("rloo")
 def rloo(scores: torch.Tensor, group: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
     """score - mean of the group's other scores, the same for every token (RLOO, arXiv 2402.14740).
 

@@ -1,34 +1,26 @@
-"""Per-token estimators of a KL divergence from log-probs of sampled tokens."""
+"""Per-token estimators of a KL divergence, KL(pi || other), from log-probs of sampled tokens.
+
+What each one's gradient is in expectation over tokens drawn from pi, with respect to either policy
+(tests/algorithms/test_divergences.py computes both sides):
+
+| estimator | value | gradient of pi | gradient of other, where it is live |
+|---|---|---|---|
+| k1 | -log rho | 0 | that of KL(pi || other) |
+| k2 | (log rho)^2 / 2 | that of KL(pi || other) | that of E_pi[(log rho)^2] / 2 |
+| k3 | rho - log rho - 1 | that of KL(other || pi) | that of KL(pi || other) |
+| full | KL(pi || other) | its own | its own |
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import StrEnum
 
 import torch
 
+from verl.config.algorithm import Estimator
+
 MAX_LOG_RATIO = 20.0
 MAX_K3 = 10.0
-
-
-class Estimator(StrEnum):
-    """How KL(pi || other) is found: from the sampled token (k1, k2, k3), or over the whole vocabulary (full).
-
-    What each one's gradient is in expectation over tokens drawn from pi, with respect to either policy
-    (tests/algorithms/test_divergences.py computes both sides):
-
-    | estimator | value | gradient of pi | gradient of other, where it is live |
-    |---|---|---|---|
-    | k1 | -log rho | 0 | that of KL(pi || other) |
-    | k2 | (log rho)^2 / 2 | that of KL(pi || other) | that of E_pi[(log rho)^2] / 2 |
-    | k3 | rho - log rho - 1 | that of KL(other || pi) | that of KL(pi || other) |
-    | full | KL(pi || other) | its own | its own |
-    """
-
-    k1 = "k1"
-    k2 = "k2"
-    k3 = "k3"
-    full = "full"
 
 
 def k1(log_probs: torch.Tensor, other_log_probs: torch.Tensor) -> torch.Tensor:
