@@ -21,7 +21,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,20 +84,12 @@ def train(variant: Variant, seed: int, arguments: list[str], out: Path) -> None:
 
 
 def train_all(variants: list[Variant], options: argparse.Namespace) -> None:
-    """All runs, `--jobs` at a time. The first failure ends the comparison when the runs beside it have ended."""
+    """All runs one after the other, each with the whole machine; the first failure ends the comparison."""
     # Seed by seed, so that an interrupted comparison has all variants of the first seeds.
-    todo = [
-        (v, seed, v.arguments(seed, options.task, options.set, options.out)) for seed in options.seeds for v in variants
-    ]
-    with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(todo), unit="run") as bar:
-        runs = [pool.submit(train, variant, seed, arguments, options.out) for variant, seed, arguments in todo]
-        try:
-            for run in as_completed(runs):
-                run.result()
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    todo = [(variant, seed) for seed in options.seeds for variant in variants]
+    for variant, seed in (bar := tqdm(todo, unit="run")):
+        bar.set_postfix_str(f"{variant.name}, seed {seed}")
+        train(variant, seed, variant.arguments(seed, options.task, options.set, options.out), options.out)
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -179,13 +170,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 1 (default: %(default)s)")
     parser.add_argument("--task", default="digits", help="one of configs/task (default: %(default)s)")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="overrides of all variants")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at one time (default: %(default)s)")
     parser.add_argument("--plot", nargs="+", default=["train/reward", "actor/entropy"], metavar="METRIC")
     parser.add_argument("--out", type=Path, default=Path("outputs/compare"), help="(default: %(default)s)")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if options.seeds < 1 or options.jobs < 1:
-        parser.error("--seeds and --jobs: 1 or more")
+    if options.seeds < 1:
+        parser.error("--seeds: 1 or more")
     options.seeds, options.out = range(1, options.seeds + 1), options.out.resolve()
     variants = [Variant.parse(text) for text in options.variants]
     if len({variant.name for variant in variants}) < len(variants):

@@ -1,0 +1,108 @@
+"""Every algorithm makes two real steps: generation, reward, passes, advantages, updates and weight sync, in Ray workers.
+
+One set of workers serves them all; what an algorithm needs of them is what its own config requires.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import ray
+
+from tests.conftest import REPOSITORY
+from verl.algorithms.losses.compose import build_terms
+from verl.algorithms.requirements import find_requirements, required_before_updates
+from verl.algorithms.rewards import RewardKL
+from verl.config.compose import compose_config
+from verl.config.config import Config
+from verl.trainer.collect import Collector
+from verl.trainer.plan import Plan, check, make_plan
+from verl.trainer.run import Run
+from verl.trainer.step import StepResult, run_step
+from verl.trainer.workers import Workers
+
+# An untrained model never answers right; this reward has something to teach all the same.
+REWARD = """
+def compute_score(inputs):
+    scores = [sum(map(ord, i["response"])) % 5 / 4 for i in inputs]
+    return [{"overall": score, "accuracy": float(score > 0.4)} for score in scores]
+"""
+ALGORITHMS = {
+    "grpo": [],
+    "dr_grpo": ["algorithm.adv_estimator=dr_grpo"],
+    "rloo": ["algorithm.adv_estimator=rloo"],
+    "reinforce_plus_plus": ["algorithm.adv_estimator=reinforce_plus_plus"],
+    "reinforce_plus_plus_baseline": ["algorithm.adv_estimator=reinforce_plus_plus_baseline"],
+    "remax": ["algorithm.adv_estimator=remax"],
+    "ppo": ["algorithm.adv_estimator=gae", "algorithm.lam=0.95"],
+    "dapo": ["algorithm.online_filtering=true", "algorithm.overlong_buffer=4"],
+    "reward_kl": ["algorithm.adv_estimator=reinforce_plus_plus", "algorithm.reward_kl.coef=0.1"],
+    "adaptive_reward_kl": ["algorithm.reward_kl.coef=0.1", "algorithm.reward_kl.controller=adaptive"],
+    "vppo": ["+shaper@algorithm.shapers.vppo=vppo"],
+}
+
+
+def compose(assets: Path, reward: Path, *overrides: str) -> Config:
+    return compose_config(
+        "quickstart",
+        [
+            f"data.train_files={assets / 'train.parquet'}",
+            "data.val_files=null",
+            f"data.format_prompt={REPOSITORY / 'examples/format_prompt/math_perception.jinja'}",
+            "data.rollout_batch_size=4",
+            "data.max_response_length=8",
+            f"worker.actor.model.model_path={assets / 'model'}",
+            "worker.actor.global_batch_size=2",
+            "worker.actor.optim.lr_warmup_steps=0",
+            "worker.rollout.n=3",
+            f"worker.reward.reward_function={reward}:compute_score",
+            *("trainer.n_gpus_per_node=1", "trainer.max_steps=2", "trainer.device=cpu"),
+            *("trainer.val_before_train=false", "trainer.val_after_train=false", "trainer.val_freq=0"),
+            *overrides,
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def built(ray_cluster, assets, tmp_path_factory) -> tuple[Plan, Workers, Path]:
+    """Workers of every role."""
+    reward = tmp_path_factory.mktemp("reward") / "reward.py"
+    reward.write_text(REWARD)
+    plan = make_plan(compose(assets, reward, *ALGORITHMS["ppo"]))
+    workers = Workers.build(plan)
+    yield plan, workers, reward
+    workers.rollout.stop()
+
+
+def two_steps(built: tuple[Plan, Workers, Path], config: Config) -> tuple[Run, list[StepResult]]:
+    plan, workers, _ = built
+    check(config)
+    before = required_before_updates(config.algorithm)
+    requirements = find_requirements(build_terms(config.algorithm.terms), config.algorithm.views, before)
+    run = Run(config, plan.sizes, requirements, plan.vision, workers, 2, RewardKL(config.algorithm.reward_kl))
+    collector = Collector(run, ((0, prompts) for prompts in iter(plan.train_loader)))
+    return run, [run_step(run, collector, step) for step in (1, 2)]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_two_steps(built, assets, name):
+    plan, workers, reward = built
+    version = workers.rollout.version
+    run, results = two_steps(built, compose(assets, reward, *ALGORITHMS[name]))
+    assert workers.rollout.version == version + 2
+    for result in results:
+        assert all(map(math.isfinite, result.metrics.values()))
+        assert result.metrics["actor/grad_norm"] > 0 and result.metrics["actor/skipped_frac"] == 0
+        assert result.metrics["actor/pull/policy"] > 0
+        assert result.metrics["train/reward"] > 0
+    first, last = results[0].metrics, results[1].metrics
+    assert last["rollout/weight_version"] == first["rollout/weight_version"] + 1
+    if "reward_kl" in name:
+        assert first["train/reward_kl_coef"] == 0.1 and last["train/reward_kl"] != 0
+        assert (run.reward_kl.coef == 0.1) == (name == "reward_kl")
+    if name == "vppo":
+        assert last["train/vppo/dependency"] > 0 and 0.3 < last["train/vppo/chosen_fraction"] < 0.6
+    assert ("critic/vf_loss" in last) == (name == "ppo")
