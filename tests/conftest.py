@@ -28,6 +28,19 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_assets(tmp_path_factory.mktemp("assets"))
 
 
+@pytest.fixture(scope="session")
+def families(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder with `model/` and `train.parquet` for each supported model type, small and untrained."""
+    from tests.fakes.families import MODELS, make_model, mixed_rows
+    from tests.fakes.rows import write_parquet
+
+    folders = {model_type: tmp_path_factory.mktemp(model_type) for model_type in MODELS}
+    for model_type, folder in folders.items():
+        make_model(folder / "model", model_type, assets / "model")
+        write_parquet(folder / "train.parquet", mixed_rows(model_type))
+    return folders
+
+
 @pytest.fixture
 def in_repository(monkeypatch: pytest.MonkeyPatch) -> Path:
     """Run where the presets' relative paths (templates, reward functions) lead somewhere."""

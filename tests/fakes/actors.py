@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from verl.workers.fsdp.wrap import build_sharded, whole
 
 CPU = torch.device("cpu")
 MAX_RESPONSE_LENGTH = 10
+TIMEOUT = timedelta(minutes=2)  # ranks that have lost each other should fail, not hang
 
 
 def papo_terms() -> dict[str, LossTermConfig]:
@@ -49,7 +51,7 @@ def process_group(rank: int = 0, world_size: int = 1, path: str | None = None):
     with tempfile.TemporaryDirectory() as folder:
         store = dist.FileStore(path or os.path.join(folder, "store"), world_size)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
         try:
             yield
         finally:

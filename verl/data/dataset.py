@@ -20,6 +20,7 @@ from verl.data.vision import VisionProcessor, open_image
 logger = logging.getLogger(__name__)
 
 IMAGE_MARKER = "<image>"
+VIDEO_COLUMN = "videos"
 
 
 class PromptDataset(Dataset):
@@ -127,6 +128,7 @@ class PromptDataset(Dataset):
         if not all(answers):
             raise ValueError(f"{self.where(answers.index(False))}: column '{self.config.answer_key}' is empty")
         counts = count_images(table, self.config.image_key)
+        self._check_media(table, counts)
         for column in self.view_columns:
             for index, (count, wanted) in enumerate(zip(count_images(table, column), counts, strict=True)):
                 if count != wanted:
@@ -143,6 +145,23 @@ class PromptDataset(Dataset):
                     f"{self.where(index)}: the problem has {markers} {IMAGE_MARKER} marker(s) and the row has "
                     f"{count} image(s) in column '{self.config.image_key}'; they must agree"
                 )
+
+    def _check_media(self, table: pa.Table, counts: list[int]) -> None:
+        """What the model cannot see. `counts`: images of each row."""
+        videos = count_images(table, VIDEO_COLUMN)
+        if any(videos):
+            index = next(i for i, count in enumerate(videos) if count)
+            raise ValueError(
+                f"{self.where(index)}: {videos[index]} video(s) in column '{VIDEO_COLUMN}'; prompts are made of text "
+                f"and images alone: leave such rows out, or give frames as images in '{self.config.image_key}'"
+            )
+        if any(counts) and not self.vision.family.has_vision:
+            index = next(i for i, count in enumerate(counts) if count)
+            raise ValueError(
+                f"{self.where(index)}: {counts[index]} image(s) in column '{self.config.image_key}', and "
+                f"worker.actor.model.model_path holds a {self.vision.family.name} model, which reads text only: choose "
+                "a vision model, or leave such rows out"
+            )
 
 
 def count_images(table: pa.Table, column: str) -> list[int]:

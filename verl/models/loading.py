@@ -6,10 +6,10 @@ import logging
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from verl.config.worker import ComputeDtype
-from verl.models.families import check_family
+from verl.models.families import family_of
 from verl.models.paths import check_model_path
 
 logger = logging.getLogger(__name__)
@@ -37,11 +37,11 @@ def load_model(
     options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-        check_family(config)
+        auto = AutoModelForImageTextToText if family_of(config).has_vision else AutoModelForCausalLM
         if not empty:
-            return AutoModelForImageTextToText.from_pretrained(model_path, dtype=dtype, **options)
+            return auto.from_pretrained(model_path, dtype=dtype, **options)
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config, dtype=dtype, **options)
+            model = auto.from_config(config, dtype=dtype, **options)
     except OSError as error:
         raise ValueError(f"the model '{model_path}' does not load: {error}") from error
     model = model.to_empty(device="cpu")

@@ -1,14 +1,14 @@
-"""PolicyModel: a Hugging Face vision-language model whose forward returns log-probs of responses."""
+"""PolicyModel: a Hugging Face model whose forward returns log-probs of responses."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from verl.models.families import encode_images, forward_arguments
 from verl.models.log_probs import chunked_entropy, chunked_kl, chunked_log_probs
 
 
@@ -60,12 +60,11 @@ class PolicyModel(nn.Module):
         Returns:
             `log_probs` [B, R] and, for each name in `exact`, [rows, R]; float32, 0 where `response_mask` is 0.
         """
-        features, anchor = self._encode_images(pixel_values, image_grid_thw, image_owner)
+        features, anchor = encode_images(self.inner, pixel_values, image_grid_thw, image_owner, input_ids.device)
         hidden = self.inner.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids.transpose(0, 1),
-            mm_encoder_outputs=features,
+            **forward_arguments(self.inner.config, position_ids, features),
             use_cache=False,
         ).last_hidden_state
         num_response = response_mask.shape[1]
@@ -88,25 +87,3 @@ class PolicyModel(nn.Module):
                 values = chunked_kl(own, other.detach() if wanted.detach_other else other, *head, wanted.detach_other)
             result[name] = values.new_zeros(rows.shape).masked_scatter(rows, values)
         return result
-
-    def _encode_images(
-        self, pixel_values: torch.Tensor | None, image_grid_thw: torch.Tensor | None, image_owner: list[int]
-    ) -> tuple[dict[str, Any] | None, torch.Tensor | None]:
-        """(features of every image place, graph anchor). The vision tower sees each different image once.
-
-        Without images the tower still runs, on one black patch that counts 0: on another rank it may have
-        images, and FSDP's collectives wait for all ranks.
-        """
-        if pixel_values is None:
-            features = self.inner.model.get_image_features(*self._dummy_image(), return_dict=True)
-            return None, 0.0 * torch.cat(list(features.pooler_output)).float().sum()
-        features = self.inner.model.get_image_features(pixel_values, image_grid_thw, return_dict=True)
-        features.pooler_output = [features.pooler_output[i] for i in image_owner]
-        return {"image": features}, None
-
-    def _dummy_image(self) -> tuple[torch.Tensor, torch.Tensor]:
-        vision = self.inner.config.vision_config
-        merge = vision.spatial_merge_size
-        size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        device = self.banned.device
-        return torch.zeros(merge * merge, size, device=device), torch.tensor([[1, merge, merge]], device=device)

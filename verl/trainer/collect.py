@@ -168,11 +168,12 @@ def add_views(run: Run, prompts: DataProto, epoch: int) -> DataProto:
 
 
 def reward_inputs(vision: VisionProcessor, batch: DataProto) -> list[RewardInput]:
-    """What the reward function sees of each response."""
+    """What the reward function sees of each response. Where the template opens the model's turn, as with `<think>`,
+    that is put before it: a reward sees whole turns, whatever the model."""
     lengths = batch["response_mask"].sum(dim=1).tolist()
     tokens = [ids[:length] for ids, length in zip(batch["responses"].tolist(), lengths, strict=True)]
     texts = vision.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [
-        RewardInput(response=text, response_length=length, ground_truth=answer)
+        RewardInput(response=vision.turn_start + text, response_length=length, ground_truth=answer)
         for text, length, answer in zip(texts, lengths, batch["answer"], strict=True)
     ]

@@ -19,6 +19,7 @@ from verl.data.collate import PromptCollator
 from verl.data.dataset import PromptDataset
 from verl.data.loader import train_loader, validation_loader
 from verl.data.vision import VisionProcessor
+from verl.models.families import Family
 from verl.single_controller.resources import Layout, plan_layout
 from verl.single_controller.rollout_group import choose_carrier
 from verl.tracking import TRACKERS
@@ -57,6 +58,7 @@ def make_plan(config: Config) -> Plan:
         log_requirements(config, requirements)
     data, model = config.data, config.worker.actor.model
     vision = VisionProcessor(model.model_path, data.min_pixels, data.max_pixels, model.trust_remote_code)
+    check_sight(config, requirements, vision.family)
     collator = PromptCollator(vision.special.pad)
     train, val, total_steps = None, None, 0
     if not config.trainer.val_only:
@@ -71,6 +73,20 @@ def make_plan(config: Config) -> Plan:
         val_data = PromptDataset(data.val_files, "data.val_files", data, vision)
         val = validation_loader(val_data, data.val_batch_size, data.num_workers, collator)
     return Plan(config, requirements, sizes, layout, vision, train, val, total_steps)
+
+
+def check_sight(config: Config, requirements: Requirements, family: Family) -> None:
+    """Raise ValueError for what a text-only model has no use for."""
+    if family.has_vision:
+        return
+    reads = f"worker.actor.model.model_path holds a {family.name} model, which reads text only"
+    if requirements.views:
+        raise ValueError(
+            f"algorithm.views.{requirements.views[0]} shows other images, and {reads}: choose a vision model, or a "
+            "preset without views, such as grpo or dapo"
+        )
+    if config.worker.actor.model.freeze_vision_tower:
+        raise ValueError(f"worker.actor.model.freeze_vision_tower=true: {reads}; leave it out")
 
 
 def make_paths_absolute(config: Config) -> None:

@@ -59,7 +59,10 @@ class VLLMEngine:
         self.limit_images = config.worker.rollout.limit_images
         self.engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(config, device)))
         self.sleeps = self.engine.model_config.enable_sleep_mode
-        self.processor = MULTIMODAL_REGISTRY.create_processor(self.engine.model_config)
+        model_config = self.engine.model_config
+        self.processor = (
+            MULTIMODAL_REGISTRY.create_processor(model_config) if model_config.is_multimodal_model else None
+        )
 
     def generate(self, prompts: DataProto, sampling: list[SamplingParams]) -> DataProto:
         if len(sampling) != len(prompts):

@@ -1,0 +1,84 @@
+"""What a model cannot see is refused by name, and what its template begins is part of its turn."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.fakes.rows import row, write_parquet
+from verl.config.compose import compose_config
+from verl.config.data import DataConfig
+from verl.data.dataset import PromptDataset
+from verl.data.vision import VisionProcessor
+from verl.models.families import FAMILIES, image_spans
+from verl.protocol import DataProto
+from verl.trainer.collect import reward_inputs
+from verl.trainer.plan import check, check_sight
+
+
+def vision_of(families, model_type: str) -> VisionProcessor:
+    return VisionProcessor(str(families[model_type] / "model"), 784, 12544)
+
+
+def dataset(path: str, vision: VisionProcessor) -> PromptDataset:
+    return PromptDataset(path, "data.train_files", DataConfig(train_files=path, max_prompt_length=200), vision)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_a_text_only_model_refuses_images_wherever_they_come_from(families, model_type, tmp_path):
+    vision = vision_of(families, model_type)
+    path = write_parquet(tmp_path / "a.parquet", [row("1+1?", images=0), row()])
+    with pytest.raises(ValueError, match="a.parquet', row 1: 1 image.* 'images', and .*model_path.* reads text only"):
+        dataset(path, vision)
+    with pytest.raises(ValueError, match="model_path holds a Qwen.* which reads text only: it has no image processor"):
+        vision.resize(Image.new("RGB", (28, 28)))
+    with pytest.raises(ValueError, match="a:1: the prompt has 1 image.s., and Qwen.* reads text only"):
+        image_spans(torch.tensor([40]), torch.tensor([[1, 2, 2]]), vision.config, "a:1")
+
+
+def test_a_text_only_model_needs_neither_an_image_column_nor_images_in_it(families, tmp_path):
+    vision = vision_of(families, "qwen3")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"problem": "How much is 1+1?", "answer": "2"}))
+    without = dataset(str(tmp_path / "a.jsonl"), vision)[0]
+    empty = dataset(write_parquet(tmp_path / "a.parquet", [row("How much is 1+1?", images=0)]), vision)[0]
+    assert without["prompt_ids"].tolist() == empty["prompt_ids"].tolist() and without["mm_inputs"] == {}
+    assert "How much is 1+1?<|im_end|>" in vision.tokenizer.decode(without["prompt_ids"])
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3"])
+def test_videos_are_refused_and_an_empty_column_of_them_is_not(families, model_type, tmp_path):
+    vision = vision_of(families, model_type)
+    lines = [{"problem": "1+1?", "answer": "2", "videos": videos} for videos in ([], ["a.mp4", "b.mp4"])]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match="a.jsonl', row 1: 2 video.s. in column 'videos'"):
+        dataset(str(path), vision)
+    path.write_text(json.dumps(lines[0]))
+    assert len(dataset(str(path), vision)) == 1
+
+
+def test_masked_views_and_a_frozen_tower_need_a_model_that_sees():
+    base = ["data.train_files=a", "data.val_files=b", "worker.actor.model.model_path=m"]
+    papo, grpo = (compose_config(name, base) for name in ("papo_grpo", "grpo"))
+    check_sight(papo, check(papo), FAMILIES["qwen3_vl"])
+    check_sight(grpo, check(grpo), FAMILIES["qwen3"])
+    with pytest.raises(ValueError, match="algorithm.views.masked .* holds a Qwen3 model.*grpo or dapo"):
+        check_sight(papo, check(papo), FAMILIES["qwen3"])
+    grpo.worker.actor.model.freeze_vision_tower = True
+    with pytest.raises(ValueError, match="freeze_vision_tower=true: .* Qwen2.5 model, which reads text only"):
+        check_sight(grpo, check(grpo), FAMILIES["qwen2"])
+
+
+def test_a_reward_sees_the_tag_that_a_thinking_models_template_has_opened(families):
+    """Qwen3-VL-Thinking never writes `<think>`: its prompt ends with it."""
+    columns = {"responses": torch.tensor([[20, 21, 22]]), "response_mask": torch.tensor([[1, 1, 0]])}
+    batch = DataProto.from_dict(columns, {"answer": ["7"]})
+    seen = {}
+    for model_type in ("qwen3_vl", "qwen2_5_vl"):
+        vision = vision_of(families, model_type)
+        (seen[model_type],) = reward_inputs(vision, batch)
+        assert seen[model_type]["response_length"] == 2
+    assert seen["qwen3_vl"]["response"] == "<think>\n" + seen["qwen2_5_vl"]["response"]
