@@ -23,7 +23,8 @@ from verl.config.compose import compose_config
 from verl.data.collate import PromptCollator
 from verl.data.dataset import PromptDataset
 from verl.data.vision import VisionProcessor
-from verl.single_controller.resources import place_ranks, plan_layout, start_ray
+from verl.single_controller.preflight import place_ranks
+from verl.single_controller.resources import plan_layout, start_ray
 from verl.single_controller.rollout_group import RolloutGroup
 from verl.single_controller.worker_group import ActorGroup
 from verl.utils.process import quiet_libraries
@@ -58,7 +59,7 @@ def main() -> None:
 
     start_ray(layout)
     names = [choose_engine(name) for name in options.engines.split(",")]
-    placement = place_ranks(layout, 1)
+    placement = place_ranks(layout, 1, config.trainer.cluster_timeout_s)
     actor = ActorGroup(config, layout, placement)
     actor.build(total_updates=1)
     speeds: dict[str, list[float]] = {name: [] for name in names}

@@ -47,6 +47,8 @@ COLUMNS: dict[str, Column] = {
     "rewards": Column("B R", torch.float32, "advantages", "advantage", "score at the last token, less a KL"),
     "scores": Column("B", torch.float32, "advantages", "advantage", "sum of a response's rewards"),
     "accuracy": Column("B", torch.float32, "reward", "terms", "its component accuracy, 0 where it has none"),
+    "values": Column("B R", torch.float32, "passes", "gae, critic", "critic's expectation before each token"),
+    "returns": Column("B R", torch.float32, "advantages", "critic", "what the critic is trained on"),
     "advantages": Column("B R", torch.float32, "advantage", "policy term", "advantage of each token"),
     # One pair per view, here for the view `masked`:
     "masked_mm_inputs": Column("B", None, "views", "passes, actor", "image tensors of the corrupted images"),

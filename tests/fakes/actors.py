@@ -24,6 +24,7 @@ from verl.algorithms.requirements import find_requirements
 from verl.config.algorithm import LossAverage, LossTermConfig, OldLogProbs
 from verl.config.worker import ActorConfig, ComputeDtype, FSDPConfig, ModelConfig
 from verl.data.vision import load_special_tokens
+from verl.models.policy import PolicyModel
 from verl.plugins import load_plugins
 from verl.protocol import DataProto
 from verl.workers.actor.dp_actor import DataParallelActor
@@ -69,7 +70,8 @@ def build_actor(
     fsdp = FSDPConfig(compute_dtype=ComputeDtype(options.pop("compute_dtype", "float32")))
     old_log_probs = options.pop("old_log_probs", OldLogProbs.auto)
     config = ActorConfig(**{"max_grad_norm": 1e9, "micro_batch_size_per_device_for_update": 100, **options})
-    policy = build_sharded(model_config, fsdp, load_special_tokens(str(model)), config.logits_chunk_size, CPU)
+    banned = load_special_tokens(str(model)).banned
+    policy = build_sharded(model_config, fsdp, lambda inner: PolicyModel(inner, banned, config.logits_chunk_size), CPU)
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=lr)
     built = build_terms(terms or papo_terms())
     return DataParallelActor(

@@ -1,16 +1,14 @@
-"""Every algorithm makes two real steps: generation, reward, passes, advantages, updates and weight sync, in Ray workers.
+"""Every algorithm makes two real steps in Ray workers: generation, reward, passes, advantages, updates, weight sync.
 
 One set of workers serves them all; what an algorithm needs of them is what its own config requires.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 
 import pytest
-import ray
 
 from tests.conftest import REPOSITORY
 from verl.algorithms.losses.compose import build_terms

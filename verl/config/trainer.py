@@ -18,9 +18,11 @@ class Device(StrEnum):
 class TrainerConfig:
     """The run ends after `max_steps`, or after `total_epochs` where `max_steps` is not set.
 
+    A run on several nodes, or on GPUs, waits `cluster_timeout_s` for them to join Ray.
     `n_gpus_per_node` is the number of training ranks per node: one per GPU, or one process per rank on CPU.
     `max_try_make_batch` bounds the generations of a step with `algorithm.online_filtering`.
     `val_only` validates the model and ends, without training workers; it needs no training data.
+    For the first `critic_warmup` steps only the critic trains, where there is one.
     `val_freq` counts steps, 0 validates only before and after. `samples_per_step` generations of each step go
     to samples.jsonl.
     """
@@ -33,12 +35,14 @@ class TrainerConfig:
     seed: int = 1
     device: Device = Device.auto
     nnodes: int = 1
+    cluster_timeout_s: float = 120.0
     n_gpus_per_node: int = 8
     max_try_make_batch: int = 20
     val_only: bool = False
     val_before_train: bool = True
     val_freq: int = 5
     val_after_train: bool = True
+    critic_warmup: int = 0
     samples_per_step: int = 4
     save_model: bool = True
     logger: list[str] = field(default_factory=lambda: ["console", "jsonl"])

@@ -22,6 +22,12 @@ POSITIVE = (
     "worker.actor.max_grad_norm",
     "worker.actor.logits_chunk_size",
     "worker.actor.optim.lr",
+    "worker.critic.micro_batch_size_per_device_for_update",
+    "worker.critic.micro_batch_size_per_device_for_experience",
+    "worker.critic.ppo_epochs",
+    "worker.critic.max_grad_norm",
+    "worker.critic.cliprange_value",
+    "worker.critic.optim.lr",
     "worker.rollout.n",
     "worker.rollout.temperature",
     "worker.rollout.max_batch_size",
@@ -75,6 +81,8 @@ def _check_values(config: Config) -> None:
         raise ValueError(f"data.min_pixels={config.data.min_pixels} is above data.max_pixels={config.data.max_pixels}")
     if trainer.max_steps is not None and trainer.max_steps < 1:
         raise ValueError(f"trainer.max_steps={trainer.max_steps}: 1 or more, or null for trainer.total_epochs")
+    if trainer.critic_warmup < 0:
+        raise ValueError(f"trainer.critic_warmup={trainer.critic_warmup}: 0 or more steps")
     if trainer.val_freq < 0:
         raise ValueError(f"trainer.val_freq={trainer.val_freq}: 0 (only before and after) or more is needed")
     if config.data.train_files is None and not trainer.val_only:

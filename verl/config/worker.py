@@ -93,6 +93,26 @@ class RefConfig:
 
 
 @dataclass
+class CriticConfig:
+    """The critic of adv_estimator=gae, by default made from the actor's model. Its mini-batches are the actor's.
+
+    Micro-batch sizes count responses per device. `cliprange_value`: see verl/algorithms/losses/value.py.
+    """
+
+    model_path: str | None = None
+    enable_gradient_checkpointing: bool = True
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
+    fsdp: FSDPConfig = field(default_factory=FSDPConfig)
+    micro_batch_size_per_device_for_update: int = II("worker.actor.micro_batch_size_per_device_for_update")
+    micro_batch_size_per_device_for_experience: int = II("worker.actor.micro_batch_size_per_device_for_experience")
+    ppo_epochs: int = 1
+    max_grad_norm: float = 1.0
+    max_skipped_updates: int = 5
+    loss_avg_mode: LossAverage = LossAverage.token
+    cliprange_value: float = 0.5
+
+
+@dataclass
 class SamplingOverride:
     """What validation samples otherwise than training; unset fields are taken from `worker.rollout`."""
 
@@ -156,5 +176,6 @@ class RewardConfig:
 class WorkerConfig:
     actor: ActorConfig = field(default_factory=ActorConfig)
     ref: RefConfig = field(default_factory=RefConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from verl.models.families import encode_images, forward_arguments
 from verl.models.log_probs import chunked_entropy, chunked_kl, chunked_log_probs
+from verl.models.states import response_states
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,9 @@ class PolicyModel(nn.Module):
         Returns:
             `log_probs` [B, R] and, for each name in `exact`, [rows, R]; float32, 0 where `response_mask` is 0.
         """
-        features, anchor = encode_images(self.inner, pixel_values, image_grid_thw, image_owner, input_ids.device)
-        hidden = self.inner.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            **forward_arguments(self.inner.config, position_ids, features),
-            use_cache=False,
-        ).last_hidden_state
-        num_response = response_mask.shape[1]
-        # The state at position t predicts token t + 1, so the response's states begin one place before it.
-        states = hidden[:, -num_response - 1 : -1]
-        valid = response_mask.bool()
+        num_response, valid = response_mask.shape[1], response_mask.bool()
+        tokens, images = (input_ids, attention_mask, position_ids), (pixel_values, image_grid_thw, image_owner)
+        states, anchor = response_states(self.inner, *tokens, num_response, *images)
         states = states[valid]
         head = (self.inner.lm_head, temperature, self.banned, self.logits_chunk_size)
         log_probs = chunked_log_probs(states, input_ids[:, -num_response:][valid], *head)

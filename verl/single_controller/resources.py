@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import ray
 import torch
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.config.trainer import Device, TrainerConfig
@@ -17,8 +17,7 @@ from verl.config.worker import RolloutConfig
 logger = logging.getLogger(__name__)
 
 # Shares of one GPU for the workers that live on it in turn; Ray only counts them, memory is each worker's own.
-ACTOR_SHARE, REFERENCE_SHARE, ROLLOUT_SHARE = 0.4, 0.2, 0.4
-PLACEMENT_TIMEOUT_S = 120
+ACTOR_SHARE, REFERENCE_SHARE, CRITIC_SHARE, ROLLOUT_SHARE = 0.3, 0.1, 0.3, 0.3
 
 # Worker processes inherit these from the driver.
 PASSED_ON = ("VERL_PLUGINS", "PYTHONPATH", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "GLOO_SOCKET_IFNAME")
@@ -140,29 +139,6 @@ def start_ray(layout: Layout) -> None:
     ray.init(**options)
 
 
-def place_ranks(layout: Layout, nnodes: int) -> PlacementGroup | None:
-    """One bundle per training rank on GPUs, then one per GPU of the engines' own, packed node by node; None on CPU,
-    where Ray need not count anything.
-
-    Raises RuntimeError, with what is there and what is needed, if the cluster does not offer it in time.
-    """
-    if layout.device != "cuda":
-        return None
-    gpus = layout.ranks + layout.dedicated_gpus
-    group = placement_group([{"GPU": 1, "CPU": 1}] * gpus, strategy="PACK")
-    try:
-        ray.get(group.ready(), timeout=PLACEMENT_TIMEOUT_S)
-    except ray.exceptions.GetTimeoutError as error:
-        seen = ray.cluster_resources()
-        raise RuntimeError(
-            f"trainer.nnodes={nnodes} x trainer.n_gpus_per_node and worker.rollout.dedicated_gpus need {gpus} GPUs and "
-            f"{gpus} CPUs; "
-            f"the Ray cluster has {seen.get('GPU', 0):g} GPUs and {seen.get('CPU', 0):g} CPUs, "
-            f"free: {ray.available_resources().get('GPU', 0):g} GPUs"
-        ) from error
-    return group
-
-
 def actor_options(
     layout: Layout, group: PlacementGroup | None, bundle: int, gpu_share: float, threads: int, **environment: str
 ) -> dict:
@@ -170,15 +146,15 @@ def actor_options(
     # OMP reads its number of threads when torch is imported, long before set_num_threads.
     options: dict = {"num_cpus": 0, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads), **environment}}}
     if group is not None:
-        options["num_gpus"] = gpu_share
+        options["num_gpus"] = gpu_share if layout.device == "cuda" else 0
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
     return options
 
 
 def rollout_seats(layout: Layout, group: PlacementGroup | None) -> list[Seat]:
     """A place for each rollout replica. One that spans several GPUs has them all on one node."""
-    if group is None:
-        return [Seat(bundle=0, gpu_share=0)] * layout.replicas
+    if layout.device == "cpu":
+        return [Seat(bundle=index % layout.ranks, gpu_share=0) for index in range(layout.replicas)]
     first, share = (layout.ranks, 1.0) if layout.dedicated_gpus else (0, ROLLOUT_SHARE)
     if layout.gpus_per_replica == 1:
         return [Seat(first + index, share) for index in range(layout.replicas)]

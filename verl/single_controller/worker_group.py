@@ -11,8 +11,8 @@ from ray.util.placement_group import PlacementGroup
 from verl.config.config import Config
 from verl.metrics.bag import MetricBag
 from verl.protocol import DataProto
-from verl.single_controller.resources import ACTOR_SHARE, REFERENCE_SHARE, Layout, actor_options
-from verl.workers.model_worker import ActorWorker, ModelWorker, ReferenceWorker
+from verl.single_controller.resources import ACTOR_SHARE, CRITIC_SHARE, REFERENCE_SHARE, Layout, actor_options
+from verl.workers.model_worker import ActorWorker, CriticWorker, ModelWorker, PolicyWorker, ReferenceWorker
 from verl.workers.rollout.weight_sync import BucketLayout
 
 
@@ -42,6 +42,12 @@ class WorkerGroup:
         """Call `method` with the same arguments on every rank; returns their results by rank."""
         return ray.get([getattr(worker, method.__name__).remote(*args) for worker in self.workers])
 
+    def shards_of_mini_batches(self, batch: DataProto, num_mini_batches: int) -> list[DataProto]:
+        """Each rank's rows, mini-batch after mini-batch. The batch is cut into consecutive mini-batches first and each
+        of those among the ranks, so that what a mini-batch is made of does not depend on the number of ranks."""
+        pieces = [mini_batch.chunk(self.size) for mini_batch in batch.chunk(num_mini_batches)]
+        return [DataProto.concat([piece[rank] for piece in pieces]) for rank in range(self.size)]
+
     def on_shards(self, method: Callable, shards: list[DataProto], *args: Any) -> list[Any]:
         """Call `method` on every rank with its own shard; returns their results by rank."""
         calls = zip(self.workers, shards, strict=True)
@@ -53,7 +59,7 @@ class LogProbGroup(WorkerGroup):
 
     def compute_log_probs(self, batch: DataProto, view: str = "") -> DataProto:
         """`log_probs` [B, R] of all rows, in order; the ranks take equal, consecutive parts."""
-        return DataProto.concat(self.on_shards(ModelWorker.compute_log_probs, batch.chunk(self.size), view))
+        return DataProto.concat(self.on_shards(PolicyWorker.compute_log_probs, batch.chunk(self.size), view))
 
 
 class ReferenceGroup(LogProbGroup):
@@ -64,6 +70,25 @@ class ReferenceGroup(LogProbGroup):
     def build(self) -> None:
         self.connect()
         self.on_all(ReferenceWorker.build)
+
+
+class CriticGroup(WorkerGroup):
+    worker_class = CriticWorker
+    role = "critic"
+    gpu_share = CRITIC_SHARE
+
+    def build(self, total_updates: int) -> None:
+        self.connect()
+        self.on_all(CriticWorker.build, total_updates)
+
+    def compute_values(self, batch: DataProto) -> DataProto:
+        """`values` [B, R] of all rows, in order; the ranks take equal, consecutive parts."""
+        return DataProto.concat(self.on_shards(CriticWorker.compute_values, batch.chunk(self.size)))
+
+    def update_critic(self, batch: DataProto, num_mini_batches: int) -> MetricBag:
+        """All updates of a step."""
+        shards = self.shards_of_mini_batches(batch, num_mini_batches)
+        return MetricBag.merged(self.on_shards(CriticWorker.update_critic, shards, num_mini_batches))
 
 
 class ActorGroup(LogProbGroup):
@@ -79,13 +104,8 @@ class ActorGroup(LogProbGroup):
     def update_policy(
         self, batch: DataProto, num_mini_batches: int, step: int = 1, total_steps: int = 1, scale: float = 1.0
     ) -> MetricBag:
-        """All updates of step `step`, counted from 1; `scale` multiplies the coefficients of maximised terms.
-
-        The batch is cut into consecutive mini-batches first and each of those among the ranks, so that what a
-        mini-batch is made of does not depend on the number of ranks.
-        """
-        pieces = [mini_batch.chunk(self.size) for mini_batch in batch.chunk(num_mini_batches)]
-        shards = [DataProto.concat([piece[rank] for piece in pieces]) for rank in range(self.size)]
+        """All updates of step `step`, counted from 1; `scale` multiplies the coefficients of maximised terms."""
+        shards = self.shards_of_mini_batches(batch, num_mini_batches)
         arguments = (num_mini_batches, step, total_steps, scale)
         return MetricBag.merged(self.on_shards(ActorWorker.update_policy, shards, *arguments))
 

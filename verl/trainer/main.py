@@ -10,6 +10,7 @@ import sys
 from omegaconf import OmegaConf
 
 from verl.config.compose import CONFIG_DIR, compose_config, presets
+from verl.single_controller.preflight import ClusterError
 from verl.trainer.plan import make_plan
 from verl.trainer.ray_trainer import RayTrainer
 from verl.utils.process import LOG_FORMAT, quiet_libraries
@@ -32,7 +33,10 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, FileNotFoundError) as error:
         logger.debug("where it was found", exc_info=True)
         sys.exit(f"error: {error}")
-    summary = trainer.fit()
+    try:
+        summary = trainer.fit()
+    except ClusterError as error:
+        sys.exit(f"error: {error}")
     for line in describe(summary, trainer.run_dir.path):
         logger.info(line)
 

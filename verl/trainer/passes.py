@@ -11,7 +11,7 @@ from verl.workers.actor.forward import TOKENS
 
 
 def run_passes(batch: DataProto, run: Run, timings: Timings) -> DataProto:
-    """`batch` with `old_log_probs`, `ref_log_probs` and `<view>_log_probs`, each where it is required."""
+    """`batch` with `old_log_probs`, `ref_log_probs`, `values` and `<view>_log_probs`, each where it is required."""
     workers, requirements = run.workers, run.requirements
     tokens = batch.select([*TOKENS, "mm_inputs"])
     found = {}
@@ -21,6 +21,9 @@ def run_passes(batch: DataProto, run: Run, timings: Timings) -> DataProto:
     if workers.reference is not None:
         with timings("ref_log_probs"):
             found["ref_log_probs"] = workers.reference.compute_log_probs(tokens)["log_probs"]
+    if workers.critic is not None:
+        with timings("values"):
+            found["values"] = workers.critic.compute_values(tokens)["values"]
     for view in requirements.stored_views:
         with timings(view_column(view, "log_probs")):
             images = [view_column(view, "mm_inputs"), view_column(view, "rows")]

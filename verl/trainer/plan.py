@@ -91,9 +91,11 @@ def check_sight(config: Config, requirements: Requirements, family: Family) -> N
 
 def make_paths_absolute(config: Config) -> None:
     """Replace relative paths that workers open: a worker may start in another folder than the driver."""
-    actor, ref, reward = config.worker.actor.model, config.worker.ref, config.worker.reward
+    worker = config.worker
+    actor, ref, critic, reward = worker.actor.model, worker.ref, worker.critic, worker.reward
     actor.model_path = _absolute(actor.model_path)
     ref.model_path = ref.model_path and _absolute(ref.model_path)
+    critic.model_path = critic.model_path and _absolute(critic.model_path)
     reward.reward_function = _absolute(reward.reward_function)
 
 
@@ -112,6 +114,11 @@ def check(config: Config) -> Requirements:
     for name in config.trainer.logger:
         TRACKERS[name]
     before = required_before_updates(config.algorithm)
+    if config.trainer.critic_warmup and not any("values" in columns for columns in before.values()):
+        raise ValueError(
+            f"trainer.critic_warmup={config.trainer.critic_warmup}: there is no critic to warm up; "
+            "algorithm.adv_estimator=gae has one"
+        )
     if rollout.n < 2 and any("group" in columns for columns in before.values()):
         raise ValueError(
             f"worker.rollout.n={rollout.n}: {config.algorithm.adv_estimator} compares responses to one prompt, it "
@@ -132,6 +139,7 @@ def log_requirements(config: Config, requirements: Requirements) -> None:
     logger.info("loss: %s", ", ".join(f"{n} ({t.kind}, coef {t.coef:g})" for n, t in config.algorithm.terms.items()))
     passes = ["old log-probs"] * recomputes_old(config, requirements, compute_sizes(config))
     passes += ["reference log-probs"] * requirements.reference
+    passes += ["values"] * requirements.critic
     passes += [f"log-probs of view '{view}' (no gradient)" for view in requirements.stored_views]
     logger.info("passes before the updates: %s", ", ".join(passes) or "none")
     for view in requirements.live_views:

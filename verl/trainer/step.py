@@ -43,10 +43,7 @@ def run_step(run: Run, collector: Collector, step: int, scale: float = 1.0) -> S
         with timings("reward_wait"):
             scores = ray.get(rows.scoring)
         batch, group, found = add_advantages(run, batch, scores)
-        with timings("update"):
-            columns = update_columns(run, batch)
-            actor = run.workers.actor
-            updated = actor.update_policy(columns, rows.mini_batches, step, run.total_steps, scale)
+        updated = update(run, batch, rows.mini_batches, step, scale, timings)
         with timings("weight_sync"):
             run.workers.rollout.sync_weights(run.workers.actor)
     metrics = {
@@ -54,7 +51,7 @@ def run_step(run: Run, collector: Collector, step: int, scale: float = 1.0) -> S
         **rows.metrics,
         **found,
         **rollout_metrics(batch, run.config.data.max_response_length),
-        **updated.result(),
+        **updated,
         **{f"timing_s/{phase}": seconds for phase, seconds in timings.seconds.items()},
         **throughput(batch, timings),
     }
@@ -62,6 +59,23 @@ def run_step(run: Run, collector: Collector, step: int, scale: float = 1.0) -> S
     waited = batch["weight_version"].unique().numel() > 1
     warn_of_mismatch(metrics, expected=sampling.top_p < 1 or sampling.top_k > 0 or waited)
     return StepResult(metrics, samples(batch, rows.inputs, scores, run.config.trainer.samples_per_step))
+
+
+def update(
+    run: Run, batch: DataProto, mini_batches: int, step: int, scale: float, timings: Timings
+) -> dict[str, float]:
+    """Train the critic, where there is one, and the policy, unless the critic is still ahead of it; returns metrics."""
+    metrics: dict[str, float] = {}
+    if run.workers.critic is not None:
+        with timings("update_critic"):
+            columns = batch.select([*TOKENS, "mm_inputs", "values", "returns"])
+            metrics |= run.workers.critic.update_critic(columns, mini_batches).result()
+    if step > run.config.trainer.critic_warmup:
+        with timings("update"):
+            columns = update_columns(run, batch)
+            updated = run.workers.actor.update_policy(columns, mini_batches, step, run.total_steps, scale)
+            metrics |= updated.result()
+    return metrics
 
 
 def update_columns(run: Run, batch: DataProto) -> DataProto:
@@ -92,9 +106,10 @@ def samples(batch: DataProto, inputs: list[RewardInput], scores: list[RewardScor
 def throughput(batch: DataProto, timings: Timings) -> dict[str, float]:
     """Tokens per second; every token counts once, however many passes it takes."""
     tokens = batch["attention_mask"].sum().item()
-    generated = batch["response_mask"].sum().item()
+    counted = {"": ("step", tokens), "generated_": ("rollout", batch["response_mask"].sum().item())}
+    counted["update_"] = ("update", tokens)
     return {
-        "perf/tokens_per_second": tokens / timings.seconds["step"],
-        "perf/generated_tokens_per_second": generated / timings.seconds["rollout"],
-        "perf/update_tokens_per_second": tokens / timings.seconds["update"],
+        f"perf/{name}tokens_per_second": count / timings.seconds[phase]
+        for name, (phase, count) in counted.items()
+        if phase in timings.seconds
     }

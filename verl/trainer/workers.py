@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import ray
 from tqdm import tqdm
 
-from verl.single_controller.resources import actor_options, place_ranks
+from verl.single_controller.preflight import place_ranks
+from verl.single_controller.resources import actor_options
 from verl.single_controller.rollout_group import RolloutGroup
-from verl.single_controller.worker_group import ActorGroup, ReferenceGroup
+from verl.single_controller.worker_group import ActorGroup, CriticGroup, ReferenceGroup
 from verl.trainer.plan import Plan
 from verl.workers.reward.manager import RewardInput
 from verl.workers.reward.worker import RewardWorker
@@ -25,6 +26,7 @@ class Workers:
 
     actor: ActorGroup | None
     reference: ReferenceGroup | None
+    critic: CriticGroup | None
     rollout: RolloutGroup
     reward: ray.actor.ActorHandle
 
@@ -34,24 +36,30 @@ class Workers:
         config, layout = plan.config, plan.layout
         trains = not config.trainer.val_only
         refers = trains and plan.requirements.reference
-        placement = place_ranks(layout, config.trainer.nnodes)
+        values = trains and plan.requirements.critic
+        placement = place_ranks(layout, config.trainer.nnodes, config.trainer.cluster_timeout_s)
 
         def start_rollout() -> RolloutGroup:
             return RolloutGroup(config, layout, placement, plan.vision.special.pad)
 
-        with tqdm(total=2 + trains + refers, desc="starting workers", unit="role", leave=False) as bar:
+        with tqdm(total=2 + trains + refers + values, desc="starting workers", unit="role", leave=False) as bar:
             # An engine measures the free memory of its GPU when it starts: a trainer on that GPU has to be there first.
             rollout = None if layout.shares_gpus else start_rollout()
             reward = ray.remote(RewardWorker).options(**actor_options(layout, None, 0, 0, threads=1))
             reward = reward.remote(config.worker.reward)
             actor = ActorGroup(config, layout, placement) if trains else None
             reference = ReferenceGroup(config, layout, placement) if refers else None
+            critic = CriticGroup(config, layout, placement) if values else None
             if actor is not None:
-                parameters = actor.build(plan.total_steps * plan.sizes.updates_per_step)
+                actor_steps = max(0, plan.total_steps - config.trainer.critic_warmup)
+                parameters = actor.build(actor_steps * plan.sizes.updates_per_step)
                 logger.info("policy with %.2fM parameters", parameters / 1e6)
                 bar.update()
             if reference is not None:
                 reference.build()
+                bar.update()
+            if critic is not None:
+                critic.build(plan.total_steps * plan.sizes.mini_batches * config.worker.critic.ppo_epochs)
                 bar.update()
             rollout = rollout or start_rollout()
             rollout.build()
@@ -59,7 +67,7 @@ class Workers:
             ray.get(reward.ready.remote())
             bar.update()
         logger.info("%s; rollout engine %s", layout.in_words(), config.worker.rollout.name)
-        return cls(actor, reference, rollout, reward)
+        return cls(actor, reference, critic, rollout, reward)
 
     def start_reward(self, inputs: list[RewardInput]) -> ray.ObjectRef:
         """Begin to score; the reference stands for a list[RewardScore]."""

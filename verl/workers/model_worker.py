@@ -1,7 +1,8 @@
-"""Training-side Ray workers: one FSDP rank of the actor or of the reference each."""
+"""Training-side Ray workers: one FSDP rank of the actor, the reference or the critic each."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -15,17 +16,20 @@ from verl.config.worker import FSDPConfig, ModelConfig
 from verl.data.vision import load_special_tokens
 from verl.metrics.bag import MetricBag
 from verl.models.loading import resolve_dtype
+from verl.models.policy import PolicyModel
+from verl.models.value import ValueModel
 from verl.protocol import DataProto
 from verl.utils.process import prepare_gloo, start_model_worker
 from verl.workers.actor.dp_actor import DataParallelActor, compute_log_probs
 from verl.workers.actor.optim import build_optimizer, build_schedule
+from verl.workers.critic.dp_critic import DataParallelCritic
 from verl.workers.fsdp.export import save_huggingface
 from verl.workers.fsdp.wrap import build_sharded, whole
 from verl.workers.rollout.weight_sync import CARRIERS, BucketLayout, plan_buckets
 
 
 class ModelWorker:
-    """One rank: joins the others' process group and holds one shard of a policy."""
+    """One rank: joins the others' process group and holds one shard of a model."""
 
     def __init__(self, role: str, config: Config, rank: int, world_size: int, device_type: str, threads: int) -> None:
         start_model_worker(f"{role}[{rank}]", threads)
@@ -55,11 +59,15 @@ class ModelWorker:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world_size)
 
+
+class PolicyWorker(ModelWorker):
+    """A rank of a policy."""
+
     def load(self, model: ModelConfig, fsdp: FSDPConfig) -> None:
         """Load and shard the model. All ranks call this together."""
         special = load_special_tokens(model.model_path, model.trust_remote_code)
         chunk = self.config.worker.actor.logits_chunk_size
-        self.policy = build_sharded(model, fsdp, special, chunk, self.device)
+        self.policy = build_sharded(model, fsdp, lambda inner: PolicyModel(inner, special.banned, chunk), self.device)
 
     def compute_log_probs(self, batch: DataProto, view: str) -> DataProto:
         """`log_probs` [B, R] of this rank's rows under `view`, without gradient."""
@@ -70,23 +78,44 @@ class ModelWorker:
         return DataProto.from_dict({"log_probs": log_probs})
 
 
-class ReferenceWorker(ModelWorker):
+class ReferenceWorker(PolicyWorker):
     """The frozen reference policy."""
 
     def build(self) -> None:
         ref = self.config.worker.ref
         model = self.config.worker.actor.model
-        frozen = ModelConfig(
-            model_path=ref.model_path or model.model_path,
-            trust_remote_code=model.trust_remote_code,
-            attn_implementation=model.attn_implementation,
-            enable_gradient_checkpointing=False,
-        )
+        frozen = replace(model, model_path=ref.model_path or model.model_path, enable_gradient_checkpointing=False)
         self.load(frozen, ref.fsdp)
         self.policy.requires_grad_(False)
 
 
-class ActorWorker(ModelWorker):
+class CriticWorker(ModelWorker):
+    """The values that PPO's advantages are made of, and their training."""
+
+    def build(self, total_updates: int) -> None:
+        """Load model and optimizer."""
+        critic, actor = self.config.worker.critic, self.config.worker.actor
+        model = replace(
+            actor.model,
+            model_path=critic.model_path or actor.model.model_path,
+            enable_gradient_checkpointing=critic.enable_gradient_checkpointing,
+        )
+        values = build_sharded(model, critic.fsdp, ValueModel, self.device)
+        optimizer = build_optimizer([p for p in values.parameters() if p.requires_grad], critic.optim)
+        schedule = build_schedule(optimizer, critic.optim, total_updates)
+        longest = self.config.data.max_response_length
+        self.critic = DataParallelCritic(values, optimizer, schedule, critic, longest, self.device)
+
+    def compute_values(self, batch: DataProto) -> DataProto:
+        """`values` [B, R] of this rank's rows, without gradient."""
+        return DataProto.from_dict({"values": self.critic.compute_values(batch)})
+
+    def update_critic(self, batch: DataProto, num_mini_batches: int) -> MetricBag:
+        """All updates of one step on this rank's rows; returns its metrics."""
+        return self.critic.update_critic(batch, num_mini_batches)
+
+
+class ActorWorker(PolicyWorker):
     """The policy that is trained."""
 
     def build(self, total_updates: int) -> int:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from verl.algorithms.losses.compose import Denominators, LossTerm, compute_losses
 from verl.algorithms.losses.estimators import k3
@@ -18,8 +16,7 @@ from verl.metrics.bag import MetricBag
 from verl.models.policy import PolicyModel
 from verl.protocol import DataProto
 from verl.workers.actor.forward import ORIGINAL, forward_views
-
-logger = logging.getLogger(__name__)
+from verl.workers.guarded_step import GuardedStep
 
 # Columns of a batch that loss terms may read, besides those that their forward makes.
 STORED_SUFFIXES = ("log_probs", "advantages", "scores", "accuracy", "response_mask", "_rows")
@@ -71,8 +68,11 @@ class DataParallelActor:
     device: torch.device
     exact: tuple[str, ...] = ()
     old_log_probs: OldLogProbs = OldLogProbs.auto
-    skipped_in_a_row: int = 0
     nonfinite_terms: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        limits = (self.config.max_grad_norm, self.config.max_skipped_updates)
+        self.step = GuardedStep("actor", self.policy, self.optimizer, self.schedule, *limits, self.device)
 
     def update_policy(
         self,
@@ -109,7 +109,7 @@ class DataParallelActor:
                 denominators = self._count(mini_batch["response_mask"])
                 for rows in mini_batch.split(self.config.micro_batch_size_per_device_for_update):
                     self._backward(rows, denominators, temperature, metrics, coefs, first=epoch == number == 0)
-                self._step(metrics)
+                self.step(metrics, self.nonfinite_terms)
         return metrics
 
     def _count(self, mask: torch.Tensor) -> dict[str, Denominators]:
@@ -178,38 +178,3 @@ class DataParallelActor:
             metrics.add_tokens(f"actor/pull/{name}", pull * denominators.tokens, mask)
             totals = [total + part for total, part in zip(totals, parts, strict=True)]
         return totals
-
-    def _step(self, metrics: MetricBag) -> None:
-        """Clip and apply the gradient. Where it or a loss is not finite, all ranks drop it and say so."""
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        # A term may be NaN where its gradient is 0 (a clamp hides it), so both are asked, and all ranks agree.
-        faults = torch.tensor(len(self.nonfinite_terms), device=self.device)
-        dist.all_reduce(faults)
-        healthy = bool(torch.isfinite(norm)) and not faults
-        if healthy:
-            self.skipped_in_a_row = 0
-            metrics.add("actor/lr", self.schedule.get_last_lr()[0])
-            metrics.add("actor/grad_norm", norm.item())
-            self.optimizer.step()
-            self.schedule.step()
-        else:
-            self.skipped_in_a_row += 1
-            blamed = ", ".join(sorted(self.nonfinite_terms))
-            logger.error(
-                "SKIPPED an update (%d in a row): loss or gradient is not finite (gradient norm %s). "
-                "Loss terms at fault: %s",
-                self.skipped_in_a_row,
-                norm.item(),
-                blamed or "none on this rank; the model's own backward overflowed, or a term on another rank",
-            )
-        for name in self.nonfinite_terms:
-            metrics.add(f"actor/nonfinite/{name}", 1)
-        self.nonfinite_terms.clear()
-        metrics.add("actor/skipped_frac", not healthy)
-        self.optimizer.zero_grad()
-        if self.skipped_in_a_row >= self.config.max_skipped_updates:
-            raise RuntimeError(
-                f"{self.skipped_in_a_row} updates in a row were not finite "
-                "(worker.actor.max_skipped_updates): training has diverged"
-            )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     set_model_state_dict,
@@ -13,15 +17,17 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from verl.config.worker import FSDPConfig, ModelConfig
-from verl.models.families import SpecialTokens
 from verl.models.loading import load_model, resolve_dtype
 from verl.models.policy import PolicyModel
+from verl.models.value import ValueModel
+
+WrappedModel = TypeVar("WrappedModel", PolicyModel, ValueModel)
 
 
 def build_sharded(
-    model: ModelConfig, fsdp: FSDPConfig, special: SpecialTokens, logits_chunk_size: int, device: torch.device
-) -> PolicyModel:
-    """The policy of `model`, sharded over all ranks, float32 weights, forward in the compute dtype.
+    model: ModelConfig, fsdp: FSDPConfig, wrap: Callable[[nn.Module], WrappedModel], device: torch.device
+) -> WrappedModel:
+    """`wrap` of the Hugging Face model, sharded over all ranks, float32 weights, forward in the compute dtype.
 
     Only rank 0 reads the weights; the others get their shards from it.
     """
@@ -36,30 +42,33 @@ def build_sharded(
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if model.freeze_vision_tower:
         inner.model.visual.requires_grad_(False)
-    policy = PolicyModel(inner, special.banned, logits_chunk_size)
-    weights = policy.state_dict() if dist.get_rank() == 0 else {}
+    wrapped = wrap(inner)
+    weights = wrapped.state_dict() if dist.get_rank() == 0 else {}
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    shard(policy, mesh, fsdp)
+    shard(wrapped, mesh, fsdp)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(policy, weights, options=options)
-    for _, buffer in policy.named_buffers():  # rotary frequencies are not in a state dict
+    set_model_state_dict(wrapped, weights, options=options)
+    for _, buffer in wrapped.named_buffers():  # rotary frequencies are not in a state dict
         dist.broadcast(buffer, src=0)
-    return policy
+    return wrapped
 
 
-def shard(policy: PolicyModel, mesh: DeviceMesh, config: FSDPConfig) -> None:
-    """`fully_shard` every transformer block that is large enough, then the rest as one."""
+def shard(wrapped: WrappedModel, mesh: DeviceMesh, config: FSDPConfig) -> None:
+    """`fully_shard` every transformer block that is large enough, then the rest as one; a value head stays float32."""
     dtype = resolve_dtype(config.compute_dtype, mesh.device_type)
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     options = {"mesh": mesh, "mp_policy": mixed, "reshard_after_forward": config.reshard_after_forward}
-    block_names = set(policy.inner._no_split_modules)
-    for module in list(policy.modules()):
+    block_names = set(wrapped.inner._no_split_modules)
+    for module in list(wrapped.modules()):
         if type(module).__name__ in block_names:
             if sum(p.numel() for p in module.parameters()) >= config.min_block_params:
                 fully_shard(module, **options)
+    if isinstance(wrapped, ValueModel):
+        precise = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+        fully_shard(wrapped.value_head, **{**options, "mp_policy": precise})
     # The root too is resharded as configured: FSDP's own default would leave its gathered weights in memory
     # behind every pass without backward.
-    fully_shard(policy, **options)
+    fully_shard(wrapped, **options)
 
 
 def whole(weight: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,191 @@
+"""The critic against its definition: values, the gradient of its loss, and what neither may depend on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText
+
+from tests.fakes.actors import CPU, MAX_RESPONSE_LENGTH, on_ranks, process_group
+from tests.fakes.rollouts import make_batch
+from tests.fakes.rows import row, write_parquet
+from verl.algorithms.losses.value import value_loss
+from verl.config.worker import ComputeDtype, CriticConfig, FSDPConfig, ModelConfig
+from verl.models.value import ValueModel
+from verl.protocol import DataProto
+from verl.workers.critic.dp_critic import DataParallelCritic
+from verl.workers.fsdp.wrap import build_sharded, whole
+
+CLIP = 0.05
+
+
+@pytest.fixture(scope="module")
+def batch(assets, tmp_path_factory):
+    """Text-only, one-image and two-image prompts; the first half has no image at all."""
+    rows = [row("1+1?", images=0), row("2+3?", images=0), row(), row("<image>+<image>", images=2)]
+    made = make_batch(assets, write_parquet(tmp_path_factory.mktemp("mixed") / "a.parquet", rows))
+    generator = torch.Generator().manual_seed(0)
+    mask = made["response_mask"]
+    old, returns = (torch.randn(mask.shape, generator=generator) * 0.1 * mask for _ in range(2))
+    return made.with_columns({"values": old, "returns": returns})
+
+
+def random_head(inner: nn.Module) -> ValueModel:
+    """A critic whose values are not 0: a head of 0 would hide the rest of the gradient."""
+    model = ValueModel(inner)
+    nn.init.normal_(model.value_head.weight, std=0.1, generator=torch.Generator().manual_seed(7))
+    return model
+
+
+def build(model: Path, wrap=random_head, dtype: str = "float32", lr: float = 1.0, **options) -> DataParallelCritic:
+    """A critic whose single update moves every weight by exactly its gradient."""
+    config = CriticConfig(
+        **{
+            "max_grad_norm": 1e9,
+            "cliprange_value": CLIP,
+            "micro_batch_size_per_device_for_update": 100,
+            "micro_batch_size_per_device_for_experience": 3,
+            **options,
+        }
+    )
+    fsdp = FSDPConfig(compute_dtype=ComputeDtype(dtype))
+    values = build_sharded(ModelConfig(str(model), enable_gradient_checkpointing=False), fsdp, wrap, CPU)
+    optimizer = torch.optim.SGD(values.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    return DataParallelCritic(values, optimizer, schedule, config, MAX_RESPONSE_LENGTH, CPU)
+
+
+def weights(critic: DataParallelCritic) -> dict[str, torch.Tensor]:
+    return {name: whole(weight).detach().clone() for name, weight in critic.model.state_dict().items()}
+
+
+def gradient(model: Path, batch: DataProto, mini_batches: int = 1, **options) -> dict[str, torch.Tensor]:
+    critic = build(model, **options)
+    before = weights(critic)
+    critic.update_critic(batch, mini_batches)
+    after = weights(critic)
+    return {name: before[name] - after[name] for name in before}
+
+
+def on_one_of_ranks(rank: int, model: Path, shards: list[DataProto]) -> dict[str, torch.Tensor]:
+    return gradient(model, shards[rank])
+
+
+def plain_values(model: Path, batch: DataProto) -> tuple[ValueModel, list[torch.Tensor]]:
+    """The plain model in float64, and V before each response token of each row, on its own and without padding."""
+    inner = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float64)
+    critic, found = random_head(inner).double(), []
+    for i in range(len(batch)):
+        ids = batch["input_ids"][i][batch["attention_mask"][i].bool()]
+        vision = {name: value for name, value in batch["mm_inputs"][i].items() if name != "image_ids"}
+        if vision:
+            vision["mm_token_type_ids"] = (ids == inner.config.image_token_id).int()[None]
+            vision["pixel_values"] = vision["pixel_values"].double()
+        states = inner.model(input_ids=ids[None], **vision).last_hidden_state[0]
+        length = int(batch["response_mask"][i].sum())
+        found.append(critic.value_head(states[len(ids) - length - 1 : -1]).squeeze(-1))
+    return critic, found
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    largest = max(grad.abs().max() for grad in expected.values())
+    assert largest > 0 and found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            found[name].double(), expected[name].double(), atol=float(tolerance * largest), rtol=0, msg=name
+        )
+
+
+def test_a_new_critic_expects_nothing(assets, batch):
+    with process_group():
+        assert (build(assets / "model", wrap=ValueModel).compute_values(batch) == 0).all()
+
+
+def test_values_are_those_of_the_plain_model_before_each_token(model, batch):
+    with process_group():
+        values = build(model).compute_values(batch)
+    _, expected = plain_values(model, batch)
+    assert values.shape == batch["response_mask"].shape and values.abs().max() > 0.01
+    for i, own in enumerate(expected):
+        torch.testing.assert_close(values[i, : len(own)].double(), own.detach(), atol=1e-5, rtol=0)
+        assert (values[i, len(own) :] == 0).all()
+
+
+def test_the_gradient_is_that_of_the_definition(model, batch):
+    critic, found = plain_values(model, batch)
+    total, clipped = 0.0, 0
+    for i, values in enumerate(found):
+        for t, value in enumerate(values):
+            old, target = batch["values"][i, t].double(), batch["returns"][i, t].double()
+            bound = old + (value - old).clamp(-CLIP, CLIP)
+            clipped += bool((bound - target) ** 2 > (value - target) ** 2)
+            total = total + torch.maximum((value - target) ** 2, (bound - target) ** 2) / 2
+    tokens = int(batch["response_mask"].sum())
+    (total / tokens).backward()
+    assert 0 < clipped < tokens  # both branches are taken
+    expected = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in critic.named_parameters()}
+    with process_group():
+        assert_same(gradient(model, batch), expected, 1e-5)
+
+
+@pytest.mark.parametrize("options", [{"micro_batch_size_per_device_for_update": n} for n in (1, 3)])
+def test_the_split_into_micro_batches_does_not_matter(assets, batch, options):
+    with process_group():
+        expected = gradient(assets / "model", batch)
+        assert_same(gradient(assets / "model", batch, **options), expected, 2e-6)
+
+
+def test_order_of_rows_does_not_matter(assets, batch):
+    order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(1))
+    with process_group():
+        assert_same(gradient(assets / "model", batch.rows(order)), gradient(assets / "model", batch), 2e-6)
+
+
+def test_two_ranks_one_of_them_without_images_have_the_gradient_of_one(assets, batch):
+    with process_group():
+        expected = gradient(assets / "model", batch)
+    for found in on_ranks(2, on_one_of_ranks, assets / "model", batch.chunk(2)):
+        assert_same(found, expected, 2e-6)
+
+
+def test_updates_bring_values_to_their_returns(assets, batch):
+    with process_group():
+        critic = build(assets / "model", wrap=ValueModel, lr=0.01, cliprange_value=10.0)
+        losses = [critic.update_critic(batch, 1).result()["critic/vf_loss"] for _ in range(6)]
+    assert losses[-1] < 0.97 * losses[0]
+
+
+def test_the_head_stays_float32_under_a_bfloat16_body(assets, batch):
+    seen = []
+    with process_group():
+        critic = build(assets / "model", dtype="bfloat16")
+        critic.model.value_head.register_forward_hook(lambda m, given, out: seen.append((m.weight.dtype, out.dtype)))
+        values = critic.compute_values(batch)
+        precise = build(assets / "model").compute_values(batch)
+    assert set(seen) == {(torch.float32, torch.float32)}
+    assert 0 < (values - precise).abs().max() < 0.05
+
+
+def test_an_update_that_is_not_finite_is_dropped_and_too_many_end_the_run(assets, batch):
+    broken = batch.with_columns({"returns": torch.full_like(batch["returns"], float("nan"))})
+    with process_group():
+        critic = build(assets / "model", max_skipped_updates=2)
+        before = weights(critic)
+        metrics = critic.update_critic(broken, 1).result()
+        assert metrics["critic/skipped_frac"] == 1 and metrics["critic/nonfinite/value"] == 1
+        assert all(torch.equal(before[name], after) for name, after in weights(critic).items())
+        with pytest.raises(RuntimeError, match="worker.critic.max_skipped_updates"):
+            critic.update_critic(broken, 1)
+
+
+def test_value_loss_by_hand():
+    """Inside the clip; past it, towards the target (the clip decides, no gradient); past it, away from the target."""
+    values = torch.tensor([[0.1, 1.0, 1.0]], requires_grad=True)
+    losses, clipped = value_loss(values, torch.zeros(1, 3), torch.tensor([[0.3, 2.0, -1.0]]), 0.5)
+    torch.testing.assert_close(losses, torch.tensor([[0.02, 1.125, 2.0]]))
+    assert clipped.tolist() == [[0, 1, 0]]
+    losses.sum().backward()
+    torch.testing.assert_close(values.grad, torch.tensor([[-0.2, 0.0, 2.0]]))

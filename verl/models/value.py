@@ -1,0 +1,45 @@
+"""ValueModel: a Hugging Face model whose forward returns the value of each state of a response."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from verl.models.states import response_states
+
+
+class ValueModel(nn.Module):
+    """The critic's model: a policy's, with a linear head of one output, in float32, in place of the one for tokens.
+
+    The head begins at 0, and so do all values: random ones would be taken for an expectation.
+    """
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.inner.lm_head = nn.Identity()  # not used; a tied one lives on in the embeddings
+        hidden = inner.config.get_text_config().hidden_size
+        self.value_head = nn.Linear(hidden, 1, dtype=torch.float32)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        response_mask: torch.Tensor,
+        pixel_values: torch.Tensor | None,
+        image_grid_thw: torch.Tensor | None,
+        image_owner: list[int],
+    ) -> torch.Tensor:
+        """Values [B, R] float32: what the critic expects before each response token, 0 where `response_mask` is 0.
+
+        Args as in PolicyModel.forward.
+        """
+        tokens, images = (input_ids, attention_mask, position_ids), (pixel_values, image_grid_thw, image_owner)
+        states, anchor = response_states(self.inner, *tokens, response_mask.shape[1], *images)
+        valid = response_mask.bool()
+        values = self.value_head(states[valid].float()).squeeze(-1)
+        values = values.new_zeros(valid.shape).masked_scatter(valid, values)
+        return values if anchor is None else values + anchor
