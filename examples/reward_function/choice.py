@@ -7,8 +7,8 @@ import re
 from mathruler.grader import extract_boxed_content
 
 FORMAT = re.compile(r"<think>.*</think>.*\\boxed\{.*\}.*", re.DOTALL)
-# A letter alone, or in front of its text: "B", "(B)", "B.", "B) 45 degrees", "\text{B}". "Both" is no B.
-LETTER = re.compile(r"\s*(?:\\text\{\s*)?\(?\s*([A-Za-z])(?![A-Za-z'])")
+# A letter alone, or marked off from its text: "B", "(B)", "B.", "B) 45 degrees", "\text{B}". "A triangle" is no choice.
+LETTER = re.compile(r"\s*(?:\\text(?:bf)?\{\s*)?\(?\s*([A-Za-z])\s*(?:[).:,}]|$)")
 
 
 def letter(text: str) -> str | None:

@@ -14,10 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-import verl.config.legacy_table  # noqa: F401  fills RULES
 from verl.config.compose import compose_config
 from verl.config.config import Config
-from verl.config.legacy_rule import RULES, Changes, Rule, refusal
+from verl.config.legacy_rule import Changes, Old, Rule, refusal
+from verl.config.legacy_table import RULES
 from verl.plugins import load_plugins
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def translate(path: str, overrides: Sequence[str] = ()) -> tuple[Preset, list[st
     old = {key: default for rule in RULES for key, default in rule.defaults.items()} | given
     silent: Changes = {}
     for rule in RULES:
-        changes = rule.apply(old)
+        changes = _apply(rule, old)
         preset.take(changes)
         said = {key: given.pop(key) for key in rule.defaults if key in given}
         if said:
@@ -124,7 +124,7 @@ def _translate_override(word: str) -> list[str]:
                 "(--config-name), or give the whole old config with config=FILE.yaml",
             )
         said = {key: OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]}
-        changes = rule.apply(said)
+        changes = _apply(rule, said)
         _log(rule, said, changes)
         return [f"{new}={json.dumps(value)}" for new, value in changes.items()]
     return [word]
@@ -171,6 +171,13 @@ def _flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+def _apply(rule: Rule, old: Old) -> Changes:
+    try:
+        return rule.apply(old)
+    except (TypeError, AttributeError, ArithmeticError) as error:  # a text where a number belongs, and the like
+        raise ValueError(f"{_pairs({key: old[key] for key in rule.defaults})}: {error}") from error
+
+
 def _log(rule: Rule, said: dict[str, Any], changes: Changes) -> None:
     if not changes:
         logger.info("%s: %s", _pairs(said), rule.why)
@@ -179,4 +186,7 @@ def _log(rule: Rule, said: dict[str, Any], changes: Changes) -> None:
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key.removeprefix('/')}={json.dumps(value).strip(chr(34))}" for key, value in values.items())
+    texts = {
+        key.removeprefix("/"): value if isinstance(value, str) else json.dumps(value) for key, value in values.items()
+    }
+    return ", ".join(f"{key}={text}" for key, text in texts.items())

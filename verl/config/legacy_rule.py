@@ -1,8 +1,8 @@
-"""What a row of the table of old keys is. verl/config/legacy_table.py holds verl's rows; plugins register theirs."""
+"""What a row of the table of old keys is; the table is verl/config/legacy_table.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,18 +27,6 @@ class Rule:
     apply: Callable[[Old], Changes]
     why: str = "it has no effect here"
     plain: dict[str, str] = field(default_factory=dict)
-
-
-RULES: list[Rule] = []
-
-
-def register_rules(rules: Iterable[Rule]) -> None:
-    """Add rows to the table; later rows have the last word. Raises ValueError where a key has a row already."""
-    for rule in rules:
-        for key in rule.defaults:
-            if any(key in other.defaults for other in RULES):
-                raise ValueError(f"the old key '{key}' has a row already")
-        RULES.append(rule)
 
 
 def refusal(key: str, value: object, way_out: str) -> ValueError:

@@ -5,7 +5,9 @@ Names and defaults are those of EasyR1 up to 0.3.3 and of its fork PAPO, from th
 
 from __future__ import annotations
 
-from verl.config.legacy_rule import Changes, Old, Rule, choice, no_effect, only, refusal, register_rules, renamed, same
+from collections.abc import Iterable
+
+from verl.config.legacy_rule import Changes, Old, Rule, choice, no_effect, only, refusal, renamed, same
 
 FLOAT32 = "weights and optimizer states are float32 here, compute is bfloat16 on GPUs: more memory than with bf16"
 OFFLOAD = "nothing is moved to the CPU's memory in this version: it takes more of the GPU's"
@@ -64,7 +66,7 @@ def _mini_batch(old: Old) -> Changes:
 
 def _val_batch(old: Old) -> Changes:
     key = "data.val_batch_size"
-    return {key: old[key]} if old[key] > 0 else {}
+    return {key: old[key]} if old[key] and old[key] > 0 else {}
 
 
 def _epochs(old: Old) -> Changes:
@@ -279,4 +281,17 @@ OTHER = [
     no_effect("worker.critic", {}, "no estimator that is taken over has a critic"),
 ]
 
-register_rules([*DATA, *ALGORITHM, *ACTOR, *_fsdp("actor"), *_fsdp("ref"), *ROLLOUT, *REWARD, *TRAINER, *OTHER])
+RULES = [*DATA, *ALGORITHM, *ACTOR, *_fsdp("actor"), *_fsdp("ref"), *ROLLOUT, *REWARD, *TRAINER, *OTHER]
+
+
+def register_rules(rules: Iterable[Rule]) -> None:
+    """Add a plugin's rows. They are applied behind verl's own, and so have the last word.
+
+    Raises:
+        ValueError: a key has a row already.
+    """
+    for rule in rules:
+        for key in rule.defaults:
+            if any(key in other.defaults for other in RULES):
+                raise ValueError(f"the old key '{key}' has a row already")
+        RULES.append(rule)
