@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 
@@ -13,8 +14,10 @@ from PIL import Image
 from papo.plugin import register
 from verl.config.algorithm import ViewConfig, ViewStage
 from verl.config.data import DataConfig
+from verl.config.legacy import translate
 from verl.data.views import VIEW_CONFIGS, transform
 from verl.utils.files import atomic_path
+from verl.utils.process import LOG_FORMAT
 
 GAP = 8  # white pixels between the two pictures
 
@@ -41,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="papo", description=__doc__.split("\n")[0])
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add_mask(commands)
+    add_convert_config(commands)
     return top
 
 
@@ -99,3 +103,22 @@ def strategy_config(strategy: str, overrides: list[str]) -> ViewConfig:
     if config.kind != strategy or config.column:
         raise ValueError("kind is given by --strategy, and column needs a dataset: neither can be an option here")
     return config
+
+
+def add_convert_config(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "convert-config", help="print a config of EasyR1 or PAPO as a preset of this framework"
+    )
+    command.add_argument("config", metavar="OLD.yaml")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="as behind config=OLD.yaml")
+    command.set_defaults(run=convert_config)
+
+
+def convert_config(options: argparse.Namespace) -> None:
+    """Write the preset to the standard output, and what became of each key to the log."""
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, datefmt="%H:%M:%S")
+    preset, rest = translate(options.config, options.overrides)
+    if rest:
+        raise ValueError(f"{' '.join(rest)}: a preset cannot hold these; give them to the run")
+    sys.stdout.write(f"# Converted by: papo convert-config {' '.join([options.config, *options.overrides])}\n")
+    sys.stdout.write(preset.to_yaml())

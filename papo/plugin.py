@@ -1,9 +1,9 @@
-"""What `verl.plugins` calls: importing these modules registers views, loss terms and shapers."""
+"""What `verl.plugins` calls: importing these modules registers views, loss terms, shapers and old keys."""
 
 from __future__ import annotations
 
 
 def register() -> None:
-    """Make PAPO's corruption strategies, loss terms and advantage shapers known to verl."""
-    from papo import terms, vppo  # noqa: F401
+    """Make PAPO's corruption strategies, loss terms, advantage shapers and old keys known to verl."""
+    from papo import legacy, terms, vppo  # noqa: F401
     from papo.corruption import attention, block, fill, grid, random_patch  # noqa: F401

@@ -1,4 +1,7 @@
-"""Entry point: python -m verl.trainer.main --config-name NAME key=value ..."""
+"""Entry point: python -m verl.trainer.main --config-name NAME key=value ...
+
+Command lines of EasyR1 and PAPO (config=FILE.yaml key=value ...) are translated: verl/config/legacy.py.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import sys
 from omegaconf import OmegaConf
 
 from verl.config.compose import CONFIG_DIR, compose_config, presets
+from verl.config.config import Config
+from verl.config.legacy import MARK, compose_legacy, translate_overrides
 from verl.single_controller.preflight import ClusterError
 from verl.trainer.plan import make_plan
 from verl.trainer.ray_trainer import RayTrainer
@@ -25,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     quiet_libraries()
     options = parse(arguments)
     try:
-        config = compose_config(options.config_name, options.overrides, options.config_dir)
+        config = compose(options)
         if options.print_config:
             sys.stdout.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
             return
@@ -43,11 +48,29 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m verl.trainer.main", description="Train from a preset.")
-    parser.add_argument("--config-name", required=True, metavar="NAME", help=f"one of: {', '.join(presets())}")
+    parser.add_argument("--config-name", metavar="NAME", help=f"one of: {', '.join(presets())}")
     parser.add_argument("--config-dir", default=CONFIG_DIR, metavar="DIR", help="a folder of presets of your own")
     parser.add_argument("--print-config", action="store_true", help="print the whole config and stop")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides of the preset")
-    return parser.parse_intermixed_args(arguments)
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help=f"Hydra overrides of the preset; or {MARK}FILE.yaml, a config of EasyR1 or PAPO, and its overrides",
+    )
+    options = parser.parse_intermixed_args(arguments)
+    files = [word.removeprefix(MARK) for word in options.overrides if word.startswith(MARK)]
+    if len(files) + (options.config_name is not None) != 1:
+        parser.error(f"what to run is named by one of --config-name NAME and {MARK}FILE.yaml")
+    options.legacy_file = files[0] if files else None
+    options.overrides = [word for word in options.overrides if not word.startswith(MARK)]
+    return options
+
+
+def compose(options: argparse.Namespace) -> Config:
+    """The config that a command line describes, in this framework's words or in EasyR1's and PAPO's."""
+    if options.legacy_file is not None:
+        return compose_legacy(options.legacy_file, options.overrides)
+    return compose_config(options.config_name, translate_overrides(options.overrides), options.config_dir)
 
 
 def describe(summary: dict[str, float], run_dir: str) -> list[str]:
