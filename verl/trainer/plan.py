@@ -22,7 +22,7 @@ from verl.data.loader import train_loader, validation_loader
 from verl.data.vision import VisionProcessor
 from verl.single_controller.resources import Layout, plan_layout
 from verl.single_controller.rollout_group import choose_carrier
-from verl.tracking import TRACKERS
+from verl.tracking import check_trackers
 from verl.workers.reward.manager import RewardManager
 from verl.workers.rollout.engines import choose_engine
 
@@ -95,8 +95,7 @@ def check(config: Config) -> Requirements:
     rollout.name = choose_engine(rollout.name)
     if rollout.name == "hf" and rollout.tensor_parallel_size > 1:
         raise ValueError("worker.rollout.tensor_parallel_size: the engine hf runs on one GPU; use the engine vllm")
-    for name in config.trainer.logger:
-        TRACKERS[name]
+    check_trackers(config.trainer.logger)
     return find_requirements(build_terms(config.algorithm.terms), config.algorithm.views)
 
 
