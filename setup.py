@@ -45,7 +45,7 @@ EXTRAS = {
     # Built against the torch that is there: pip install --no-build-isolation -e '.[flash-attn]'
     "flash-attn": ["flash-attn>=2.8.3,<3"],
     "test": ["pytest>=8,<10", "hypothesis>=6.100,<7", *TENSORBOARD],
-    "dev": ["ruff>=0.9,<1"],
+    "dev": ["ruff>=0.9,<1", "pre-commit>=4,<5"],
 }
 
 setup(
