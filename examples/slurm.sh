@@ -41,20 +41,21 @@ stop_ray() {
     exit "$code"
 }
 
+# How many nodes are in the cluster; ray.init would wait for minutes for a head that is not there.
 joined_nodes() {
-    python -c 'import ray; ray.init(logging_level="ERROR"); print(sum(node["Alive"] for node in ray.nodes()))' \
+    timeout 60 python -c 'import ray; ray.init(logging_level="ERROR"); print(sum(node["Alive"] for node in ray.nodes()))' \
         2>/dev/null || echo 0
 }
 
 wait_for_nodes() {
     local deadline=$((SECONDS + ${START_TIMEOUT_S:-300})) pid
     until [ "$(joined_nodes)" -ge "$1" ]; do
-        for pid in "${ray_steps[@]}"; do
-            kill -0 "$pid" 2>/dev/null || die "Ray has ended on a node; its messages are above"
-        done
         [ "$SECONDS" -lt "$deadline" ] \
             || die "after ${START_TIMEOUT_S:-300} s (START_TIMEOUT_S) not all of $1 node(s) have joined Ray at $RAY_ADDRESS"
         sleep 2
+        for pid in "${ray_steps[@]}"; do
+            kill -0 "$pid" 2>/dev/null || die "Ray has ended on a node; its messages are above"
+        done
     done
 }
 
