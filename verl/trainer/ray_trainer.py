@@ -43,9 +43,9 @@ class RayTrainer:
     def fit(self) -> dict[str, float]:
         """Train, or only validate; returns what summary.json holds."""
         started, succeeded = time.perf_counter(), False
-        start_ray(self.plan.layout)
         try:
             plan = self.plan
+            start_ray(plan.layout)
             workers = Workers.build(plan)
             self.run = Run(plan.config, plan.sizes, plan.requirements, plan.vision, workers, plan.total_steps)
             with logging_redirect_tqdm():
