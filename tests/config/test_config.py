@@ -174,6 +174,8 @@ def test_unknown_presets_and_missing_values_are_named():
         (["algorithm.terms.policy.clip_ratio_low=1.2"], "algorithm.terms.policy.clip_ratio_low=1.2"),
         (["algorithm.views.masked.prob=2"], "algorithm.views.masked.prob=2"),
         (["trainer.max_steps=0"], "trainer.max_steps=0"),
+        (["trainer.val_generations_to_log=-1"], "trainer.val_generations_to_log=-1"),
+        (["trainer.logger=[comet]"], "unknown tracker .* 'comet'"),
         ([f"algorithm.terms.{t}.coef=0" for t in ("policy", "ref_kl", "perception_kl", "entropy", "masked_entropy")],
          "nothing to train on"),
     ],

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from papo.cli import GAP, main
+from papo.cli import main
 from papo.corruption.random_patch import RandomPatchConfig
 from tests.papo.test_corruption import picture
+from verl.data.thumbnails import GAP
 from verl.data.views import transform
 
 

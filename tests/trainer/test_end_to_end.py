@@ -53,19 +53,34 @@ def records(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def finished(assets, tmp_path_factory) -> tuple[Path, str]:
     output = tmp_path_factory.mktemp("run") / "out"
-    done = start(assets, output, "worker.actor.micro_batch_size_per_device_for_update=2", "trainer.val_freq=1")
+    logger = "trainer.logger=[console,jsonl,tensorboard]"
+    sizes = "worker.actor.micro_batch_size_per_device_for_update=2"
+    done = start(assets, output, sizes, "trainer.val_freq=1", logger)
     assert done.returncode == 0, done.stderr[-4000:]
     return output, done.stdout + done.stderr
 
 
 def test_a_run_leaves_everything_it_promises(finished):
     output, log = finished
-    expected = {"config.yaml", "metrics.jsonl", "samples.jsonl", "model", "curves.png", "summary.json"}
+    expected = {"config.yaml", "metrics.jsonl", "samples.jsonl", "model", "curves.png", "summary.json", "tensorboard"}
     assert {p.name for p in output.iterdir()} == expected
     summary = json.loads((output / "summary.json").read_text())
     assert {"val_accuracy_before", "val_accuracy_after", "steps", "seconds", "seed"} <= set(summary)
     assert summary["steps"] == 2 and summary["seed"] == 1
     assert "4 prompts x 3 responses = 12 responses" in log and "Traceback" not in log
+
+
+def test_tensorboard_has_the_metrics_and_the_pictures_of_each_validation(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    output, _ = finished
+    events = EventAccumulator(str(output / "tensorboard"))
+    events.Reload()
+    losses = [record["actor/pg_loss"] for record in records(output / "metrics.jsonl")[1:]]
+    assert [e.value for e in events.Scalars("actor/pg_loss")] == pytest.approx(losses)
+    names = {f"val_generations/{index}/{name}" for index in range(4) for name in ("image", "masked")}
+    assert set(events.Tags()["images"]) == names
+    assert [e.step for e in events.Images("val_generations/3/masked")] == [0, 1, 2]
 
 
 def test_metrics_of_each_step(finished):

@@ -11,7 +11,6 @@ from PIL import Image
 
 from verl.config.config import Config
 from verl.protocol import DataProto
-from verl.tracking import TRACKERS
 from verl.tracking.curves import draw_curves
 from verl.trainer.batch_metrics import reward_metrics, rollout_metrics, warn_of_mismatch
 from verl.trainer.main import describe
@@ -42,20 +41,6 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="trainer.output_dir='.*' holds files that are not a run's: name another"):
         RunDir(config(tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def test_jsonl_holds_one_object_per_step(tmp_path):
-    tracker = TRACKERS["jsonl"](str(tmp_path))
-    for step in range(3):
-        tracker.log(step, {"b": step / 2, "a": 1.0})
-    tracker.close()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"step": s, "a": 1.0, "b": s / 2} for s in range(3)]
-
-
-def test_console_shows_a_line_per_step(tmp_path, capsys):
-    TRACKERS["console"](str(tmp_path)).log(7, {"train/reward": 0.5, "actor/perception_kl": 0.12345, "x": 1})
-    assert capsys.readouterr().out.split() == ["step", "7", "reward", "0.500", "perc_kl", "0.1235"]
 
 
 @pytest.mark.parametrize("steps", [1, 60])

@@ -24,7 +24,9 @@ class TrainerConfig:
     `val_only` validates the model and ends, without training workers; it needs no training data.
     For the first `critic_warmup` steps only the critic trains, where there is one.
     `val_freq` counts steps, 0 validates only before and after. `samples_per_step` generations of each step go
-    to samples.jsonl.
+    to samples.jsonl. `logger` lists trackers: console, jsonl, tensorboard, wandb, mlflow, swanlab, or a plugin's;
+    those that can show pictures get `val_generations_to_log` responses of each validation, one per prompt, with the
+    prompt's images as they are and under each view.
     """
 
     project_name: str = "papo"
@@ -44,5 +46,6 @@ class TrainerConfig:
     val_after_train: bool = True
     critic_warmup: int = 0
     samples_per_step: int = 4
+    val_generations_to_log: int = 4
     save_model: bool = True
     logger: list[str] = field(default_factory=lambda: ["console", "jsonl"])

@@ -85,6 +85,9 @@ def _check_values(config: Config) -> None:
         raise ValueError(f"trainer.critic_warmup={trainer.critic_warmup}: 0 or more steps")
     if trainer.val_freq < 0:
         raise ValueError(f"trainer.val_freq={trainer.val_freq}: 0 (only before and after) or more is needed")
+    for key in ("samples_per_step", "val_generations_to_log"):
+        if getattr(trainer, key) < 0:
+            raise ValueError(f"trainer.{key}={getattr(trainer, key)}: 0 (none) or more is needed")
     if config.data.train_files is None and not trainer.val_only:
         raise ValueError("data.train_files is not set: it names what to train on (or set trainer.val_only=true)")
     if config.data.val_files is None and trainer.val_only:

@@ -68,8 +68,7 @@ def add_view(
         else:
             sources = rows["view_images"][row][config.column] if config.column else images
             _check_sizes(view, config, uid, sources, images)
-            copy = (response,) if config.per == ViewPer.response else ()
-            seeds = [derive_seed(seed, view, uid, epoch, place, *copy) for place in range(len(images))]
+            seeds = image_seeds(view, config, len(images), seed, uid, epoch, response)
             inputs = encode_view(view, config, sources, seeds, vision)
             assert torch.equal(inputs["image_grid_thw"], original["image_grid_thw"])
             columns.append(inputs)
@@ -77,10 +76,24 @@ def add_view(
     return rows.with_columns({view_column(view, "rows"): covered}, {view_column(view, "mm_inputs"): columns})
 
 
+def image_seeds(view: str, config: ViewConfig, count: int, seed: int, uid: str, epoch: int, response: int) -> list[int]:
+    """The seed of each of a prompt's `count` images."""
+    copy = (response,) if config.per == ViewPer.response else ()
+    return [derive_seed(seed, view, uid, epoch, place, *copy) for place in range(count)]
+
+
 def encode_view(
     view: str, config: ViewConfig, images: list[Image.Image], seeds: list[int], vision: VisionProcessor
 ) -> dict[str, torch.Tensor]:
     """The `mm_inputs` of `images`, each transformed with its seed. Raises ValueError where a size changes."""
+    changed = change_images(view, config, images, seeds, vision)
+    return vision.encode_images(changed, do_resize=config.stage == ViewStage.raw)
+
+
+def change_images(
+    view: str, config: ViewConfig, images: list[Image.Image], seeds: list[int], vision: VisionProcessor
+) -> list[Image.Image]:
+    """The `images` as pictures, each transformed with its seed. Raises ValueError where a size changes."""
     if config.stage == ViewStage.resized:
         images = [vision.resize(image) for image in images]
     changed = [transform(image, config, seed) for image, seed in zip(images, seeds, strict=True)]
@@ -89,7 +102,7 @@ def encode_view(
             raise ValueError(
                 f"view '{view}': '{config.kind}' made {result.size} pixels of {image.size}: its tokens would not fit"
             )
-    return vision.encode_images(changed, do_resize=config.stage == ViewStage.raw)
+    return changed
 
 
 def transform(image: Image.Image, config: ViewConfig, seed: int) -> Image.Image:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tqdm import tqdm
 
-from verl.tracking.registry import TRACKERS
+from verl.tracking.registry import TRACKERS, Tracker
 
 # (metric, label, format): what a person watches; everything else is in metrics.jsonl.
 COLUMNS = (
@@ -24,15 +24,9 @@ COLUMNS = (
 
 
 @TRACKERS.register("console")
-class ConsoleTracker:
+class ConsoleTracker(Tracker):
     """Prints through tqdm, which keeps the bar below the text."""
-
-    def __init__(self, output_dir: str) -> None:
-        pass
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         parts = [f"{label} {form.format(metrics[name])}" for name, label, form in COLUMNS if name in metrics]
         tqdm.write(f"step {step:>4}  " + "  ".join(parts))
-
-    def close(self) -> None:
-        pass

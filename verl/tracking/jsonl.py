@@ -6,14 +6,17 @@ import json
 import math
 import os
 
-from verl.tracking.registry import TRACKERS
+from verl.config.config import Config
+from verl.tracking.registry import TRACKERS, Tracker
 
 
 @TRACKERS.register("jsonl")
-class JsonlTracker:
+class JsonlTracker(Tracker):
     """Appends whole lines and flushes each, so that a run that dies leaves every step it finished."""
 
-    def __init__(self, output_dir: str) -> None:
+    is_record = True
+
+    def __init__(self, output_dir: str, config: Config) -> None:
         self.file = open(os.path.join(output_dir, "metrics.jsonl"), "a", encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -21,5 +24,5 @@ class JsonlTracker:
         self.file.write(json.dumps({"step": step, **finite}) + "\n")
         self.file.flush()
 
-    def close(self) -> None:
+    def close(self, succeeded: bool) -> None:
         self.file.close()

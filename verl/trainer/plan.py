@@ -22,7 +22,7 @@ from verl.data.vision import VisionProcessor
 from verl.models.families import Family
 from verl.single_controller.resources import Layout, plan_layout
 from verl.single_controller.rollout_group import choose_carrier
-from verl.tracking import TRACKERS
+from verl.tracking import check_trackers
 from verl.workers.reward.manager import RewardManager
 from verl.workers.rollout.engines import choose_engine
 
@@ -111,8 +111,7 @@ def check(config: Config) -> Requirements:
     rollout.name = choose_engine(rollout.name)
     if rollout.name == "hf" and rollout.tensor_parallel_size > 1:
         raise ValueError("worker.rollout.tensor_parallel_size: the engine hf runs on one GPU; use the engine vllm")
-    for name in config.trainer.logger:
-        TRACKERS[name]
+    check_trackers(config.trainer.logger)
     before = required_before_updates(config.algorithm)
     if config.trainer.critic_warmup and not any("values" in columns for columns in before.values()):
         raise ValueError(

@@ -13,9 +13,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from verl.algorithms.losses.compose import build_terms
 from verl.algorithms.rewards import RewardKL
+from verl.data.thumbnails import views_to_show
 from verl.protocol import DataProto
 from verl.single_controller.resources import start_ray
-from verl.tracking import TRACKERS
+from verl.tracking import Trackers
 from verl.trainer.collect import Collector
 from verl.trainer.plan import Plan
 from verl.trainer.run import Run
@@ -35,14 +36,17 @@ class RayTrainer:
         self.plan = plan
         self.trainer = plan.config.trainer
         self.run_dir = RunDir(plan.config)
-        self.trackers = [TRACKERS[name](self.run_dir.path) for name in self.trainer.logger]
+        self.trackers = Trackers(self.run_dir.path, plan.config)
+        views = plan.config.algorithm.views
+        self.shown = self.trainer.val_generations_to_log if self.trackers.show_generations else 0
+        self.shown_views = views_to_show({v: views[v] for v in plan.requirements.views}) if self.shown else {}
 
     def fit(self) -> dict[str, float]:
         """Train, or only validate; returns what summary.json holds."""
-        started = time.perf_counter()
-        start_ray(self.plan.layout)
+        started, succeeded = time.perf_counter(), False
         try:
             plan = self.plan
+            start_ray(plan.layout)
             workers = Workers.build(plan)
             reward_kl = RewardKL(plan.config.algorithm.reward_kl)
             self.run = Run(
@@ -52,9 +56,9 @@ class RayTrainer:
                 validations = self._validate_only() if self.trainer.val_only else self._train()
             if self.trainer.save_model and not self.trainer.val_only:
                 workers.actor.save_huggingface(self.run_dir.file("model"))
+            succeeded = True
         finally:
-            for tracker in self.trackers:
-                tracker.close()
+            self.trackers.close(succeeded)
             ray.shutdown()
             self.run_dir.draw_curves()
         summary = {
@@ -71,7 +75,7 @@ class RayTrainer:
         validations = {}
         if self.trainer.val_before_train:
             metrics = self._validate(0)
-            self._log(0, metrics)
+            self.trackers.log(0, metrics)
             validations |= _for_summary(metrics, "before")
         collector = Collector(self.run, self._prompts())
         algorithm = self.plan.config.algorithm
@@ -85,7 +89,7 @@ class RayTrainer:
             due = self.trainer.val_freq and step % self.trainer.val_freq == 0
             if (last and self.trainer.val_after_train) or (due and not last):
                 result.metrics.update(self._validate(step))
-            self._log(step, result.metrics)
+            self.trackers.log(step, result.metrics)
             if verdict.stop:
                 logger.warning("the watchdog has stopped the run after step %d", step)
                 validations["steps"] = step
@@ -96,7 +100,7 @@ class RayTrainer:
 
     def _validate_only(self) -> dict[str, float]:
         metrics = self._validate(0)
-        self._log(0, metrics)
+        self.trackers.log(0, metrics)
         return _for_summary(metrics)
 
     def _prompts(self) -> Iterator[tuple[int, DataProto]]:
@@ -108,13 +112,11 @@ class RayTrainer:
                 yield epoch, prompts
 
     def _validate(self, step: int) -> dict[str, float]:
-        metrics, samples = validate(self.run, self.plan.val_loader)
-        self.run_dir.add_samples(step, "val", samples)
-        return metrics
-
-    def _log(self, step: int, metrics: dict[str, float]) -> None:
-        for tracker in self.trackers:
-            tracker.log(step, metrics)
+        found = validate(self.run, self.plan.val_loader, self.shown_views, self.shown)
+        self.run_dir.add_samples(step, "val", found.samples)
+        if found.generations:
+            self.trackers.log_generations(step, found.generations)
+        return found.metrics
 
 
 def _for_summary(metrics: dict[str, float], when: str = "") -> dict[str, float]:

@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
 
+from verl.config.algorithm import ViewConfig
+from verl.data.thumbnails import thumbnails
+from verl.protocol import DataProto
+from verl.tracking import Row
 from verl.trainer.collect import reward_inputs
 from verl.trainer.run import Run
 from verl.trainer.step import samples
+from verl.workers.reward.manager import RewardInput, RewardScore
 from verl.workers.rollout.base import validation_sampling
 
 
-def validate(run: Run, loader: StatefulDataLoader) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """(metrics `val/*`, samples): means over all responses, k for each prompt, with the same seeds each time."""
+@dataclass
+class Validation:
+    """`metrics` are `val/*`, `samples` records for samples.jsonl, `generations` rows for trackers' tables."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    generations: list[Row] = field(default_factory=list)
+
+
+def validate(run: Run, loader: StatefulDataLoader, views: Mapping[str, ViewConfig], generations: int) -> Validation:
+    """Means over all responses, k for each prompt, with the same seeds each time.
+
+    Args:
+        views: what the thumbnails beside the first response to each of the first `generations` prompts show.
+    """
+    found = Validation()
     totals: dict[str, float] = {}
-    records: list[dict[str, Any]] = []
     count = length = 0
     for prompts in tqdm(loader, desc="validating", unit="batch", leave=False):
         config = run.config
         sampling = validation_sampling(config.worker.rollout, config.data.max_response_length, list(prompts["uid"]))
         responses = run.workers.rollout.result(run.workers.rollout.generate(prompts, sampling))
-        batch = prompts.select(["uid", "problem", "answer", "prompt_ids"]).repeat_interleave(sampling[0].n)
+        n = sampling[0].n
+        batch = prompts.select(["uid", "problem", "answer", "prompt_ids"]).repeat_interleave(n)
         batch = batch.with_columns(dict(responses.tensors.items()))
         inputs = reward_inputs(run.vision, batch)
         scores = ray.get(run.workers.start_reward(inputs))
@@ -32,7 +53,29 @@ def validate(run: Run, loader: StatefulDataLoader) -> tuple[dict[str, float], li
                 totals[name] = totals.get(name, 0.0) + value
         count += len(scores)
         length += int(batch["response_mask"].sum())
-        if not records:
-            records = samples(batch, inputs, scores, run.config.trainer.samples_per_step)
-    metrics = {f"val/{'reward' if name == 'overall' else name}": total / count for name, total in totals.items()}
-    return {**metrics, "val/response_length_mean": length / count}, records
+        if not found.samples:
+            found.samples = samples(batch, inputs, scores, config.trainer.samples_per_step)
+        wanted = generations - len(found.generations)
+        first = batch.rows(slice(0, None, n)), inputs[::n], scores[::n]
+        found.generations += generation_rows(run, prompts, *first, views, wanted)
+    found.metrics = {f"val/{'reward' if name == 'overall' else name}": total / count for name, total in totals.items()}
+    found.metrics["val/response_length_mean"] = length / count
+    return found
+
+
+def generation_rows(
+    run: Run,
+    prompts: DataProto,
+    batch: DataProto,
+    inputs: list[RewardInput],
+    scores: list[RewardScore],
+    views: Mapping[str, ViewConfig],
+    count: int,
+) -> list[Row]:
+    """The first `count` responses, one to each of the `prompts`, as rows of a table with thumbnails."""
+    rows = []
+    for record, images in zip(samples(batch, inputs, scores, count), prompts["images"], strict=False):
+        score = record.pop("score")
+        pictures = thumbnails(record["uid"], images, views, run.vision, run.config.trainer.seed)
+        rows.append({**record, **{f"score/{name}": value for name, value in score.items()}, **pictures})
+    return rows

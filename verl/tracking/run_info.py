@@ -1,0 +1,53 @@
+"""What trackers on a server need to know of a run: its settings, and the name it has there."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from verl.config.config import Config
+from verl.utils.files import atomic_path
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """The whole config in plain values: dicts, lists, texts, numbers, None."""
+    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+
+
+def flat_settings(config: Config) -> dict[str, str | int | float | bool]:
+    """The same as one level: {"trainer.seed": 1}. A list and None are texts."""
+    flat: dict[str, Any] = {}
+
+    def add(prefix: str, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, dict):
+                add(f"{prefix}{name}.", value)
+            else:
+                flat[prefix + name] = value if isinstance(value, (str, int, float)) else str(value)
+
+    add("", settings(config))
+    return flat
+
+
+def read_run_id(output_dir: str, tracker: str) -> str | None:
+    """The id under which an earlier start of this run is known to `tracker`; None for a new run."""
+    path = _id_path(output_dir, tracker)
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        return file.read().strip()
+
+
+def write_run_id(output_dir: str, tracker: str, run_id: str) -> None:
+    """Keep the id in the run's folder, so that a resumed run can go on under it."""
+    with (
+        atomic_path(_id_path(output_dir, tracker)) as temporary,
+        open(temporary, "w", encoding="utf-8") as file,
+    ):
+        file.write(run_id + "\n")
+
+
+def _id_path(output_dir: str, tracker: str) -> str:
+    return os.path.join(output_dir, f"{tracker}_run_id.txt")
