@@ -33,7 +33,7 @@ COLUMNS: dict[str, Column] = {
     ),
     "prompt_ids": Column("B P", torch.int64, "data", "rollout", "prompt tokens, left padded"),
     "prompt_mask": Column("B P", torch.int64, "data", "rollout", "1 on prompt tokens"),
-    "prompt_positions": Column("B 3 P", torch.int64, "data", "trainer", "mRoPE positions of the prompt"),
+    "prompt_positions": Column("B 3 P", torch.int64, "data", "trainer", "mRoPE positions; text: three equal rows"),
     "responses": Column("B R", torch.int64, "rollout", "reward", "response tokens, right padded"),
     "response_mask": Column("B R", torch.int64, "rollout", "all losses", "1 on response tokens, end token included"),
     "rollout_log_probs": Column("B R", torch.float32, "rollout", "metrics", "log-probs as the engine sampled"),

@@ -13,7 +13,7 @@ from verl.config.compose import compose_config
 from verl.config.data import DataConfig
 from verl.data.dataset import PromptDataset
 from verl.data.vision import VisionProcessor
-from verl.models.families import FAMILIES, image_spans
+from verl.models.families import image_spans
 from verl.protocol import DataProto
 from verl.trainer.collect import reward_inputs
 from verl.trainer.plan import check, check_sight
@@ -60,16 +60,28 @@ def test_videos_are_refused_and_an_empty_column_of_them_is_not(families, model_t
     assert len(dataset(str(path), vision)) == 1
 
 
-def test_masked_views_and_a_frozen_tower_need_a_model_that_sees():
-    base = ["data.train_files=a", "data.val_files=b", "worker.actor.model.model_path=m"]
-    papo, grpo = (compose_config(name, base) for name in ("papo_grpo", "grpo"))
-    check_sight(papo, check(papo), FAMILIES["qwen3_vl"])
-    check_sight(grpo, check(grpo), FAMILIES["qwen3"])
+BASE = ["data.train_files=a", "data.val_files=b", "worker.actor.model.model_path=m"]
+
+
+def test_masked_views_and_a_frozen_tower_need_a_model_that_sees(families):
+    papo, grpo = (compose_config(name, BASE) for name in ("papo_grpo", "grpo"))
+    sees, reads = (vision_of(families, model_type) for model_type in ("qwen3_vl", "qwen3"))
+    check_sight(papo, check(papo), sees)
+    check_sight(grpo, check(grpo), reads)
     with pytest.raises(ValueError, match="algorithm.views.masked .* holds a Qwen3 model.*grpo or dapo"):
-        check_sight(papo, check(papo), FAMILIES["qwen3"])
+        check_sight(papo, check(papo), reads)
     grpo.worker.actor.model.freeze_vision_tower = True
-    with pytest.raises(ValueError, match="freeze_vision_tower=true: .* Qwen2.5 model, which reads text only"):
-        check_sight(grpo, check(grpo), FAMILIES["qwen2"])
+    check_sight(grpo, check(grpo), sees)
+    with pytest.raises(ValueError, match="freeze_vision_tower=true: .* Qwen3 model, which reads text only"):
+        check_sight(grpo, check(grpo), reads)
+
+
+@pytest.mark.parametrize(("model_type", "size", "fits"), [("qwen3_vl", 14, False), ("qwen3_vl", 32, True)])
+def test_squares_that_straddle_the_towers_patches_are_reported(families, model_type, size, fits, caplog):
+    options = ["algorithm.views.masked.stage=resized", f"algorithm.views.masked.patch_size={size}"]
+    config = compose_config("papo_grpo", [*BASE, *options])
+    check_sight(config, check(config), vision_of(families, model_type))
+    assert ("patch_size=14, and Qwen3-VL has patches of 16 pixels" in caplog.text) != fits
 
 
 def test_a_reward_sees_the_tag_that_a_thinking_models_template_has_opened(families):

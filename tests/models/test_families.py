@@ -162,6 +162,16 @@ def test_a_frozen_vision_tower_stays(families, model_type, one_rank):
     assert all((step != 0).any() != ("visual" in name) for name, step in moved.items())
 
 
+def test_bfloat16_and_gradient_checkpointing_as_in_real_runs(case, one_rank):
+    options = {"terms": TERMS, "live": False, "enable_gradient_checkpointing": True}
+    exact, rounded = build_actor(case.model), build_actor(case.model, compute_dtype="bfloat16", **options)
+    reference, found = (compute_log_probs(a.policy, case.batch, "", 1.0, 100, a.device) for a in (exact, rounded))
+    assert 0 < (found - reference).abs().max() < 0.2
+    assert rounded.update_policy(case.batch, 1, temperature=1.0).result()["actor/skipped_frac"] == 0
+    plain, _ = gradient(case.model, case.batch, terms=TERMS, live=False)
+    assert_same(gradient(case.model, case.batch, **options)[0], plain)
+
+
 def test_hf_engine_and_trainer_agree(case, one_rank):
     path = str(case.folder / "train.parquet")
     overrides = [f"data.train_files={path}", "data.val_files=null", f"worker.actor.model.model_path={case.model}"]

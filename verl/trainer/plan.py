@@ -11,7 +11,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from verl.algorithms.losses.compose import build_terms
 from verl.algorithms.requirements import Requirements, find_requirements, required_before_updates
-from verl.config.algorithm import OldLogProbs
+from verl.config.algorithm import OldLogProbs, ViewStage
 from verl.config.config import Config
 from verl.config.sizes import Sizes, compute_sizes
 from verl.config.validate import validate
@@ -19,7 +19,6 @@ from verl.data.collate import PromptCollator
 from verl.data.dataset import PromptDataset
 from verl.data.loader import train_loader, validation_loader
 from verl.data.vision import VisionProcessor
-from verl.models.families import Family
 from verl.single_controller.resources import Layout, plan_layout
 from verl.single_controller.rollout_group import choose_carrier
 from verl.tracking import check_trackers
@@ -58,7 +57,7 @@ def make_plan(config: Config) -> Plan:
         log_requirements(config, requirements)
     data, model = config.data, config.worker.actor.model
     vision = VisionProcessor(model.model_path, data.min_pixels, data.max_pixels, model.trust_remote_code)
-    check_sight(config, requirements, vision.family)
+    check_sight(config, requirements, vision)
     collator = PromptCollator(vision.special.pad)
     train, val, total_steps = None, None, 0
     if not config.trainer.val_only:
@@ -75,11 +74,23 @@ def make_plan(config: Config) -> Plan:
     return Plan(config, requirements, sizes, layout, vision, train, val, total_steps)
 
 
-def check_sight(config: Config, requirements: Requirements, family: Family) -> None:
-    """Raise ValueError for what a text-only model has no use for."""
-    if family.has_vision:
+def check_sight(config: Config, requirements: Requirements, vision: VisionProcessor) -> None:
+    """Raise ValueError for what a text-only model has no use for; warn of squares that are not the tower's patches."""
+    if vision.family.has_vision:
+        for view in requirements.views:
+            options, patch = config.algorithm.views[view], vision.image_processor.patch_size
+            if options.stage == ViewStage.resized and getattr(options, "patch_size", patch) % patch:
+                logger.warning(
+                    "algorithm.views.%s has stage=resized and patch_size=%d, and %s has patches of %d pixels: squares "
+                    "will not be patches; set patch_size=%d",
+                    view,
+                    options.patch_size,
+                    vision.family.name,
+                    patch,
+                    patch,
+                )
         return
-    reads = f"worker.actor.model.model_path holds a {family.name} model, which reads text only"
+    reads = f"worker.actor.model.model_path holds a {vision.family.name} model, which reads text only"
     if requirements.views:
         raise ValueError(
             f"algorithm.views.{requirements.views[0]} shows other images, and {reads}: choose a vision model, or a "
