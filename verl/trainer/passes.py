@@ -18,10 +18,10 @@ def run_passes(batch: DataProto, run: Run, timings: Timings) -> DataProto:
     if recomputes_old(run.config, requirements, run.sizes):
         with timings("old_log_probs"):
             found["old_log_probs"] = workers.actor.compute_log_probs(tokens)["log_probs"]
-    if workers.reference is not None:
+    if requirements.reference:
         with timings("ref_log_probs"):
             found["ref_log_probs"] = workers.reference.compute_log_probs(tokens)["log_probs"]
-    if workers.critic is not None:
+    if requirements.critic:
         with timings("values"):
             found["values"] = workers.critic.compute_values(tokens)["values"]
     for view in requirements.stored_views:

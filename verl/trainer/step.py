@@ -66,7 +66,7 @@ def update(
 ) -> dict[str, float]:
     """Train the critic, where there is one, and the policy, unless the critic is still ahead of it; returns metrics."""
     metrics: dict[str, float] = {}
-    if run.workers.critic is not None:
+    if run.requirements.critic:
         with timings("update_critic"):
             columns = batch.select([*TOKENS, "mm_inputs", "values", "returns"])
             metrics |= run.workers.critic.update_critic(columns, mini_batches).result()
