@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
+from papo.doctor.command import add_doctor
 from papo.plugin import register
 from verl.config.algorithm import ViewConfig, ViewStage
 from verl.config.data import DataConfig
@@ -41,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="papo", description=__doc__.split("\n")[0])
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add_mask(commands)
+    add_doctor(commands)
     return top
 
 
