@@ -12,8 +12,6 @@ if TYPE_CHECKING:  # a broken installation must not keep the doctor from startin
     from verl.config.config import Config
     from verl.data.vision import VisionProcessor
 
-GIB = 2**30
-
 
 @dataclass(frozen=True)
 class GPU:
@@ -27,14 +25,15 @@ class GPU:
 
 @dataclass
 class Case:
-    """`imagined`: `gpus` are those of a machine that one is not on. `images_per_row` and `estimate` are what the checks
-    of data and memory find out. What takes time to load is loaded once; where it does not load, asking for it raises
-    the reason."""
+    """`imagined`: `gpus` are those of a machine that one is not on. `images_per_row`, `longest_prompt` (tokens, of the
+    rows that were read) and `estimate` are what the checks of data and memory find out. What takes time to load is
+    loaded once; where it does not load, asking for it raises the reason."""
 
     gpus: list[GPU]
     imagined: bool = False
     config: Config | None = None
     images_per_row: int = 1
+    longest_prompt: int | None = None
     estimate: Estimate | None = None
 
     @property

@@ -9,8 +9,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-from papo.doctor.case import GIB, GPU, Case
-from papo.doctor.finding import Finding, Level, error, in_short
+from papo.doctor.case import GPU, Case
+from papo.doctor.finding import GIB, Finding, Level, error, in_short
 
 # (heading, "module:function" of each check). Checks are imported when they run: one that cannot says so.
 MACHINE = (
@@ -34,7 +34,7 @@ MACHINE = (
 RUN = (
     ("run", ("run:check_config", "run:check_devices", "run:check_reward")),
     ("model and data", ("run:check_model", "run:check_output", "run:check_data")),
-    ("memory", ("fit:check_memory_fit",)),
+    ("memory", ("fit:check_memory_fit", "fit:check_images_of_step")),
 )
 
 

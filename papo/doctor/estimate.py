@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
+from papo.doctor.finding import GIB
 from papo.doctor.memory import (
     FLOAT,
-    GIB,
     Load,
     Term,
     billions,
@@ -65,10 +65,10 @@ class Estimate:
 
 
 def load_of(
-    config: Config, sizes: Sizes, requirements: Requirements, shape: Shape, device: str, images_per_row: int
+    config: Config, sizes: Sizes, requirements: Requirements, shape: Shape, device: str, images: int, prompt: int
 ) -> Load:
-    """The numbers of a run that its memory follows from. Every image is taken to be as large as data.max_pixels
-    allows, every row as long as it may be, and no two rows of a micro-batch to share their images."""
+    """The numbers of a run that its memory follows from: rows with `images` pictures as large as data.max_pixels
+    allows, prompts of `prompt` tokens and the longest responses; no two rows of a micro-batch share a picture."""
     data, actor = config.data, config.worker.actor
     dtype = actor.fsdp.compute_dtype.value
     width = 4 if dtype == "float32" or (dtype == "auto" and device == "cpu") else 2
@@ -78,9 +78,9 @@ def load_of(
     return Load(
         ranks=sizes.ranks,
         width=width,
-        prompt=data.max_prompt_length,
+        prompt=prompt,
         response=data.max_response_length,
-        patches=min(images_per_row * data.max_pixels // shape.patch**2, data.max_prompt_length * shape.merge**2),
+        patches=min(images * data.max_pixels // shape.patch**2, prompt * shape.merge**2),
         update_rows=min(sizes.micro_batch, sizes.responses_per_rank),
         pass_rows=min(actor.micro_batch_size_per_device_for_experience, -(-sizes.responses_per_step // sizes.ranks)),
         update_views=1 + len(requirements.live_views),
@@ -103,7 +103,8 @@ def estimate(
     device: str,
     capacity: int,
     replicas: int,
-    images_per_row: int = 1,
+    images: int,
+    prompt: int,
 ) -> Estimate:
     """The memory of a run.
 
@@ -112,9 +113,10 @@ def estimate(
         shapes: of the actor's and of the reference's model.
         capacity: bytes of one GPU, or on CPU of the machine.
         replicas: how many engines there are.
+        images, prompt: of a row, and tokens of its prompt.
     """
     shape, ref_shape = shapes
-    load = load_of(config, sizes, requirements, shape, device, images_per_row)
+    load = load_of(config, sizes, requirements, shape, device, images, prompt)
     states, gradients, step = state_terms(shape, load), gradient_term(shape, load), optimizer_step_term(shape, load)
     update = update_terms(shape, load)
     passes = pass_terms(shape, load, load.reshard) if recomputes_old or requirements.stored_views else []

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+GIB = 2**30
+
 
 class Level(StrEnum):
     """`error`: the run will not work. `warning`: it will, worse than it could, or this could not be made sure."""
@@ -40,3 +42,8 @@ def in_short(reason: BaseException) -> str:
     """An exception in one line."""
     lines = str(reason).strip().splitlines() or ["no message"]
     return f"{type(reason).__name__}: {lines[0][:200]}"
+
+
+def in_gib(size: float) -> str:
+    """Bytes as one reads them."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"

@@ -8,8 +8,9 @@ from typing import Any
 
 from papo.doctor.case import Case, load_hf_config
 from papo.doctor.estimate import Estimate, Phase, estimate
-from papo.doctor.finding import Finding, error, ok, warning
-from papo.doctor.machine import in_gib, main_memory
+from papo.doctor.finding import Finding, error, in_gib, ok, warning
+from papo.doctor.machine import RAY_ENOUGH, RAY_SHARE, SHARED_MEMORY, disk_usage, main_memory
+from papo.doctor.memory import FLOAT
 from papo.doctor.shape import Shape, shape_of
 from verl.config.config import Config
 from verl.config.sizes import compute_sizes
@@ -21,35 +22,67 @@ ACTOR, ROLLOUT = "worker.actor", "worker.rollout"
 
 
 def check_memory_fit(case: Case) -> Iterator[Finding]:
-    """The memory of each phase of a step against the device's."""
-    shape = shape_of(case.hf_config)
-    ref_path = case.config.worker.ref.model_path
-    shapes = (shape, shape_of(load_hf_config(ref_path, case.config)) if ref_path else shape)
-    case.estimate = found = compute(case, case.config, shapes)
-    device = "GPU" if found.device == "cuda" else "machine"
-    for phase in found.phases:
-        text = f"{phase.name}: {in_gib(phase.bytes)} of the {device}'s {in_gib(found.capacity)}"
-        if phase.bytes > CLOSE * found.capacity:
-            fix = advice(case, shapes, phase)
-            yield (error if phase.bytes > found.capacity else warning)("memory", text, fix)
-        else:
+    """The memory of each phase of a step against the device's: with prompts as long as they may be, and, where that is
+    too much, with prompts as long as they are."""
+    data, shapes = case.config.data, _shapes(case)
+    case.estimate = found = compute(case, case.config, shapes, data.max_prompt_length)
+    seen = None
+    if case.longest_prompt and case.longest_prompt < data.max_prompt_length:
+        seen = compute(case, case.config, shapes, case.longest_prompt)
+    there = f"the {'GPU' if found.device == 'cuda' else 'machine'}'s {in_gib(found.capacity)}"
+    for number, phase in enumerate(found.phases):
+        text = f"{phase.name}: at most {in_gib(phase.bytes)} of {there}"
+        if phase.bytes <= CLOSE * found.capacity:
             yield ok("memory", text)
-    yield from _judge_cache(case, found, shape)
+            continue
+        level = error if phase.bytes > found.capacity else warning
+        if seen is not None:
+            then = seen.phases[number].bytes
+            text += f"; {in_gib(then)} with prompts as in the data ({case.longest_prompt} tokens)"
+            level = error if then > found.capacity else warning
+        yield level("memory", text, advice(case, shapes, phase))
+    yield from _judge_cache(case, found, shapes[0])
     if case.config.worker.actor.model.attn_implementation == "eager":
-        text = f"attn_implementation=eager keeps {shape.text.heads} heads x tokens x tokens, which is not in the table"
+        text = f"attn_implementation=eager keeps {shapes[0].text.heads} heads x tokens^2, which the table leaves out"
         yield warning("memory", text, f"{ACTOR}.model.attn_implementation=sdpa")
 
 
-def compute(case: Case, config: Config, shapes: tuple[Shape, Shape]) -> Estimate:
-    """The estimate of `config` on the machine of `case`. Raises ValueError where its batch sizes do not fit."""
+def check_images_of_step(case: Case) -> Iterator[Finding]:
+    """Ray's object store takes the image tensors of a whole step, of every view."""
+    if case.imagined:
+        return
+    data, shape = case.config.data, _shapes(case)[0]
+    prompt = case.longest_prompt or data.max_prompt_length
+    patches = min(case.images_per_row * data.max_pixels // shape.patch**2, prompt * shape.merge**2)
+    views = 1 + len(case.requirements.views)
+    needed = data.rollout_batch_size * patches * shape.pixels * FLOAT * views
+    store = min(int(RAY_SHARE * main_memory()), max(RAY_ENOUGH, disk_usage(SHARED_MEMORY)[1]))
+    text = f"images of a step: at most {in_gib(needed)} ({data.rollout_batch_size} prompts, {views} view(s)); Ray's "
+    text += f"object store has {in_gib(store)}"
+    if needed > store:
+        yield warning("host memory", f"{text} and writes the rest to disk", "lower data.max_pixels, or add main memory")
+    else:
+        yield ok("host memory", text)
+
+
+def _shapes(case: Case) -> tuple[Shape, Shape]:
+    """Of the actor's and of the reference's model."""
+    shape, ref_path = shape_of(case.hf_config), case.config.worker.ref.model_path
+    refers = ref_path and case.requirements.reference
+    return shape, shape_of(load_hf_config(ref_path, case.config)) if refers else shape
+
+
+def compute(case: Case, config: Config, shapes: tuple[Shape, Shape], prompt: int) -> Estimate:
+    """The estimate of `config` on the machine of `case`, with prompts of `prompt` tokens. Raises ValueError where its
+    sizes do not fit together."""
     from verl.single_controller.resources import plan_replicas
     from verl.trainer.plan import recomputes_old
+    from verl.workers.rollout.engines import choose_engine
 
-    sizes = compute_sizes(config)
+    sizes, rollout = compute_sizes(config), config.worker.rollout
+    if rollout.name == "auto":  # the check of the config, which chooses, has stopped at an error
+        rollout.name = choose_engine("auto")
     on_gpu = case.device == "cuda"
-    replicas = (
-        plan_replicas(sizes.ranks, config.worker.rollout) if on_gpu else config.worker.rollout.data_parallel_size or 1
-    )
     return estimate(
         config,
         sizes,
@@ -58,8 +91,9 @@ def compute(case: Case, config: Config, shapes: tuple[Shape, Shape]) -> Estimate
         shapes,
         case.device,
         min(gpu.memory for gpu in case.gpus) if on_gpu else main_memory(),
-        replicas,
+        plan_replicas(sizes.ranks, rollout) if on_gpu else rollout.data_parallel_size or 1,
         case.images_per_row,
+        prompt,
     )
 
 
@@ -132,7 +166,7 @@ def _with(case: Case, shapes: tuple[Shape, Shape], change: dict[str, Any], phase
             owner = getattr(owner, part)
         setattr(owner, last, value)
     try:
-        then = compute(case, config, shapes)
+        then = compute(case, config, shapes, config.data.max_prompt_length)
     except ValueError:
         return None
     if phase.startswith("generation") and then.cache is not None and then.cache < then.token * _longest(config):

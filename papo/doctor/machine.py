@@ -9,8 +9,8 @@ import socket
 import subprocess
 from collections.abc import Iterator
 
-from papo.doctor.case import GIB, GPU, Case
-from papo.doctor.finding import Finding, error, in_short, ok, warning
+from papo.doctor.case import GPU, Case
+from papo.doctor.finding import GIB, Finding, error, in_gib, in_short, ok, warning
 
 SHARED_MEMORY = "/dev/shm"
 SMALLEST_SHARED = GIB  # docker's default is 64 MiB
@@ -145,13 +145,15 @@ def check_shared_memory(case: Case) -> Iterator[Finding]:
     size, free = disk_usage(SHARED_MEMORY)
     wanted = min(RAY_ENOUGH, int(RAY_SHARE * main_memory()))
     text = f"{SHARED_MEMORY} has {in_gib(size)}, {in_gib(free)} free"
-    fix = f"docker run --shm-size={-(-wanted // GIB)}g, or --ipc=host; elsewhere mount -o remount,size=... {SHARED_MEMORY}"
+    gib = -(-wanted // GIB)
+    fix = (
+        f"docker run --shm-size={gib}g, or --ipc=host; outside of docker: mount -o remount,size={gib}g {SHARED_MEMORY}"
+    )
     if free < SMALLEST_SHARED:
         yield error("shared memory", f"{text}: data loading and NCCL die of it", fix)
     elif free < wanted:
-        yield warning(
-            "shared memory", f"{text}: Ray keeps its objects on disk below {in_gib(wanted)}, which is slow", fix
-        )
+        text += f": below {in_gib(wanted)} Ray keeps its objects on disk, which is slow"
+        yield warning("shared memory", text, fix)
     else:
         yield ok("shared memory", text)
 
@@ -185,7 +187,3 @@ def check_disk(case: Case) -> Iterator[Finding]:
         yield warning("disk", f"{in_gib(free)} free for {folder}", "make room, or set trainer.output_dir")
     else:
         yield ok("disk", f"{in_gib(free)} free for {folder}")
-
-
-def in_gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"

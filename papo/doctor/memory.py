@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from papo.doctor.shape import Shape
 
-GIB = 2**30
 FLOAT = 4  # weights, gradients and both optimizer states are float32 whatever the compute dtype
 
 # Bytes per logit of a chunk: its copies in compute dtype and float32, forward and backward.

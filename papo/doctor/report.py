@@ -7,11 +7,10 @@ import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from papo.doctor.case import GIB
-from papo.doctor.finding import Finding, Level
+from papo.doctor.finding import GIB, Finding, Level, in_gib
 
 if TYPE_CHECKING:
-    from papo.doctor.estimate import Estimate
+    from papo.doctor.estimate import Estimate, Role
 
 MARKS = {Level.ok: "ok", Level.warning: "WARNING", Level.error: "ERROR"}
 MARK_WIDTH, TOPIC_WIDTH = 9, 15
@@ -45,14 +44,19 @@ def _finding(finding: Finding, width: int) -> list[str]:
 
 def _roles(estimate: Estimate) -> list[str]:
     """Every term, its size and how it was counted."""
-    lines = [f"  {'role':24}{'term':30}{'GiB':>8}   how"]
+    width = 2 + max(len(_label(role)) for role in estimate.roles)
+    lines = [f"  {'role':{width}}{'term':29}{'size':>10}   how"]
     for role in estimate.roles:
-        name = f"{role.name} (x{role.times})" if role.times > 1 else role.name
+        name = _label(role)
         for term in role.terms:
             if term.bytes:
-                lines.append(f"  {name:24}{term.name:30}{term.bytes / GIB:8.2f}   {term.how}")
+                lines.append(f"  {name:{width}}{term.name:29}{in_gib(term.bytes):>10}   {term.how}")
                 name = ""
     return lines
+
+
+def _label(role: Role) -> str:
+    return f"{role.name} (x {role.times})" if role.times > 1 else role.name
 
 
 def _phases(estimate: Estimate) -> list[str]:

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from papo.doctor.case import Case, load_hf_config
-from papo.doctor.finding import Finding, error, in_short, ok, warning
-from papo.doctor.machine import disk_usage, in_gib
+from papo.doctor.finding import Finding, error, in_gib, in_short, ok, warning
+from papo.doctor.machine import disk_usage
 from papo.doctor.weights import Weights, inspect
 
-SAMPLED_ROWS = 16
+SAMPLED_ROWS = 64  # all over a file; their prompts are counted, ...
+ENCODED_ROWS = 4  # ... and of the first of them also the images decoded
 
 
 def check_config(case: Case) -> Iterator[Finding]:
@@ -159,7 +160,7 @@ def check_output(case: Case) -> Iterator[Finding]:
 
 
 def check_data(case: Case) -> Iterator[Finding]:
-    """Files open, all rows are in order, and the first of them become prompts."""
+    """Files open, all rows have their columns and images, and some of them become prompts."""
     from verl.data.dataset import PromptDataset, count_images
     from verl.data.overlong import prompt_length
 
@@ -174,18 +175,20 @@ def check_data(case: Case) -> Iterator[Finding]:
             dataset = PromptDataset(
                 reference, key, replace(data, filter_overlong_prompts=False), case.vision, view_columns
             )
-            lengths = []
-            for index in range(min(SAMPLED_ROWS, len(dataset))):
-                lengths.append(prompt_length(dataset, dataset.rows.dataset[index]))
-                if lengths[-1] <= data.max_prompt_length:
+            every = max(1, len(dataset) // SAMPLED_ROWS)
+            sample = list(range(0, len(dataset), every))[:SAMPLED_ROWS]
+            lengths = [prompt_length(dataset, dataset.rows.dataset[index]) for index in sample]
+            for index, length in list(zip(sample, lengths, strict=True))[:ENCODED_ROWS]:
+                if length <= data.max_prompt_length:
                     dataset[index]
         except (ValueError, OSError) as reason:
             yield error("data", str(reason) if key in str(reason) else f"{key}: {reason}")
             continue
         images = max(count_images(dataset.rows.dataset.data, data.image_key))
-        case.images_per_row = max(case.images_per_row, images)
+        if key == "data.train_files":
+            case.images_per_row, case.longest_prompt = max(1, images), min(max(lengths), data.max_prompt_length)
         text = f"{key}: {len(dataset)} rows with up to {images} image(s); "
-        text += f"the first {len(lengths)} have {min(lengths)} to {max(lengths)} tokens"
+        text += f"{len(lengths)} that were read have {min(lengths)} to {max(lengths)} tokens"
         yield from _judge(key, text, len(dataset), lengths, case)
 
 
