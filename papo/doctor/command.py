@@ -63,15 +63,14 @@ def doctor(options: argparse.Namespace) -> None:
     from papo.doctor.report import as_json, as_text
 
     warnings.filterwarnings("ignore")
-    case = make_case(options)
-    sections = dict(run_checks(case, MACHINE))
+    case, sections = make_case(options), {}
     if options.config_name:
         try:
             case.config = compose(options)
-        except (ValueError, FileNotFoundError, ImportError) as reason:
-            sections["run"] = [error("config", str(reason))]
-        else:
-            sections |= run_checks(case, RUN)
+        except Exception as reason:  # of a config, or of an installation that the checks below look into
+            known = isinstance(reason, (ValueError, FileNotFoundError))
+            sections["run"] = [error("config", str(reason) if known else in_short(reason))]
+    sections = dict(run_checks(case, MACHINE + RUN if case.config else MACHINE)) | sections
     if options.json:
         sys.stdout.write(json.dumps(as_json(sections, case.estimate), indent=2) + "\n")
     else:

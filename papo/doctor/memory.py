@@ -83,7 +83,7 @@ def optimizer_step_term(shape: Shape, load: Load) -> Term:
     """AdamW works on all parameters at one time and needs one more copy of them."""
     trained = trainable(shape, load)
     return Term(
-        "optimizer step", FLOAT * trained // load.ranks, f"4 bytes x {billions(trained)} / {load.ranks}, briefly"
+        "copy for AdamW", FLOAT * trained // load.ranks, f"4 bytes x {billions(trained)} / {load.ranks}, briefly"
     )
 
 
@@ -145,17 +145,11 @@ def activation_terms(shape: Shape, load: Load) -> list[Term]:
     )
     terms = []
     for name, tower, count, kept, working, unit in towers:
-        block = kept(shape, load.width)
-        if load.checkpointing:
-            each = tower.layers * load.width * tower.hidden + block
-            inside = f"({tower.layers} layers x {load.width * tower.hidden} + one block {block}"
-        else:
-            each = tower.layers * block
-            inside = f"({tower.layers} layers x {block}"
-        moment = working(shape, load.width, True)
-        terms.append(
-            Term(f"activations, {name}", count * (each + moment), f"{count} {unit} x {inside} + {moment}) bytes")
-        )
+        block, moment = kept(shape, load.width), working(shape, load.width, True)
+        # With checkpointing a block keeps its input, and makes the rest again when backward comes to it.
+        each, extra = (load.width * tower.hidden, block + moment) if load.checkpointing else (block, moment)
+        how = f"{count} {unit} x ({tower.layers} layers x {each} + {extra}) bytes"
+        terms.append(Term(f"activations, {name}", count * (tower.layers * each + extra), how))
     images = patches * shape.pixels * (FLOAT + load.width)
     terms.append(Term("pixels", images, f"{patches} patches x {shape.pixels} values"))
     return [*terms, mask_term(rows, load, 1 if load.checkpointing else shape.text.layers)]

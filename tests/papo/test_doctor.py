@@ -252,7 +252,7 @@ def test_too_few_rows_and_prompts_that_are_too_long(run_of):
         ("examples/reward_function/maths.py:compute_score", "maths.py', and there is no such file"),
         (
             "examples/reward_function/math.py:compute_scores",
-            "no function 'compute_scores'; functions there: compute_score",
+            "no function 'compute_scores'; functions there: .*compute_score",
         ),
         ("examples/reward_function/math.py", "path/to/file.py:function"),
     ],
