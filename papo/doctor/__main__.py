@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from papo.doctor.command import add_options, doctor
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m papo.doctor")
     add_options(parser)
-    doctor(parser.parse_intermixed_args())
+    try:
+        doctor(parser.parse_intermixed_args())
+    except ValueError as error:
+        sys.exit(f"error: {error}")

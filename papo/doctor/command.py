@@ -8,9 +8,13 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from papo.doctor.case import GPU, Case
-from papo.doctor.finding import GIB, Finding, Level, error, in_short
+from papo.doctor.finding import GIB, Finding, Level, error, in_short, warning
+
+if TYPE_CHECKING:
+    from verl.config.config import Config
 
 # (heading, "module:function" of each check). Checks are imported when they run: one that cannot says so.
 MACHINE = (
@@ -95,7 +99,7 @@ def make_case(options: argparse.Namespace) -> Case:
     return Case([GPU("a GPU", memory, memory)] * options.gpus, imagined=True)
 
 
-def compose(options: argparse.Namespace):
+def compose(options: argparse.Namespace) -> Config:
     """The config of the run."""
     from verl.config.compose import CONFIG_DIR, compose_config
     from verl.utils.process import quiet_libraries
@@ -106,6 +110,7 @@ def compose(options: argparse.Namespace):
 
 def run_checks(case: Case, sections: tuple[tuple[str, tuple[str, ...]], ...]) -> Iterator[tuple[str, list[Finding]]]:
     """(heading, findings) of each section. A check that fails itself is a finding, and the others still run."""
+    said: list[str] = []
     for heading, checks in sections:
         found: list[Finding] = []
         for check in checks:
@@ -113,6 +118,13 @@ def run_checks(case: Case, sections: tuple[tuple[str, tuple[str, ...]], ...]) ->
             try:
                 found += getattr(importlib.import_module(f"papo.doctor.{module}"), name)(case)
             except Exception as reason:
-                topic = name.removeprefix("check_").replace("_", " ")
-                found.append(error(topic, f"could not be checked ({in_short(reason)})", "mend the errors above first"))
+                found.append(_unchecked(name.removeprefix("check_").replace("_", " "), reason, said))
+            said += [finding.text for finding in found]
         yield heading, found
+
+
+def _unchecked(topic: str, reason: Exception, said: list[str]) -> Finding:
+    """The finding of a check that raised: a fault of its own, or what another check has said already."""
+    if any(str(reason).splitlines()[:1] == text.splitlines()[:1] for text in said):
+        return warning(topic, "not checked, because of an error above", "mend that first")
+    return error(topic, f"could not be checked ({in_short(reason)})", "mend the errors above first")

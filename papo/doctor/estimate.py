@@ -28,6 +28,7 @@ from verl.config.sizes import Sizes
 # What no arithmetic gives, each per process: CUDA context, NCCL and allocator; Python with torch and transformers.
 GPU_PROCESS, CPU_PROCESS = GIB, GIB * 3 // 4
 CUDA_GRAPHS = GIB
+GENERATION = ("generation", "engine's GPUs")  # the phases in which an engine is awake
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Estimate:
-    """`capacity` is the memory of one GPU, or on CPU the machine's. `cache` is the room that vLLM has left for its KV
-    cache (None for hf), `token` the bytes that one token takes there."""
+    """`rows` says what was assumed of them. `capacity` is the memory of one GPU, or on CPU the machine's. `cache` is the
+    room that vLLM has left for its KV cache (None for hf), `token` the bytes that one token takes there."""
 
     device: str
+    rows: str
     capacity: int
     roles: tuple[Role, ...]
     phases: tuple[Phase, ...]
@@ -115,71 +117,92 @@ def estimate(
         replicas: how many engines there are.
         images, prompt: of a row, and tokens of its prompt.
     """
+    load = load_of(config, sizes, requirements, shapes[0], device, images, prompt)
+    roles, work = [], {GENERATION[0]: []}
+    if not config.trainer.val_only:
+        roles, work = _training(config, requirements, recomputes_old, shapes, load, device)
+    trainers = {role.name for role in roles} & {"actor", "reference"}
+    engine, cache = engine_terms(config, shapes[0], load, device, capacity)
+    roles.append(Role("engine", tuple(engine), replicas if device == "cpu" else 1))
+    if device == "cpu":
+        phases = _on_cpu(work, total(engine), load.ranks, len(trainers), replicas)
+    else:
+        phases = _on_gpus(work, total(engine), len(trainers), shares=config.worker.rollout.dedicated_gpus == 0)
+    rows = (
+        f"rows of at most {prompt} + {load.response} tokens and {images} image(s) of {config.data.max_pixels} pixels; "
+        f"{load.update_rows} per micro-batch of the update, {load.pass_rows} of a log-prob pass"
+    )
+    return Estimate(device, rows, capacity, tuple(roles), phases, cache, shapes[0].kv_bytes(load.width))
+
+
+Work = dict[str, list[tuple[str, int]]]  # phase -> (role, bytes of one rank)
+
+
+def _training(
+    config: Config,
+    requirements: Requirements,
+    recomputes_old: bool,
+    shapes: tuple[Shape, Shape],
+    load: Load,
+    device: str,
+) -> tuple[list[Role], Work]:
+    """Actor and reference: their terms, and what they have in each phase of a step."""
     shape, ref_shape = shapes
-    load = load_of(config, sizes, requirements, shape, device, images, prompt)
     states, gradients, step = state_terms(shape, load), gradient_term(shape, load), optimizer_step_term(shape, load)
-    update = update_terms(shape, load)
+    update = [gradients, *update_terms(shape, load)]
     passes = pass_terms(shape, load, load.reshard) if recomputes_old or requirements.stored_views else []
-    times = load.ranks if device == "cpu" else 1
-    roles = [
-        Role("actor", tuple(states), times),
-        Role("actor, update", (gradients, *update), times),
-        Role("actor, optimizer step", (step,), times),
-    ]
-    if passes:
-        roles.append(Role("actor, log-probs", tuple(passes), times))
     ref_rest, ref_pass = [], []
     if requirements.reference:
         ref_load = replace(load, min_block=config.worker.ref.fsdp.min_block_params)
         ref_rest = state_terms(ref_shape, ref_load)[:1]
         ref_pass = pass_terms(ref_shape, ref_load, config.worker.ref.fsdp.reshard_after_forward)
-        roles += [Role("reference", tuple(ref_rest), times), Role("reference, log-probs", tuple(ref_pass), times)]
-    engine, cache = engine_terms(config, shape, load, device, capacity)
-    roles.append(Role("engine", tuple(engine), replicas if device == "cpu" else 1))
-
-    rest = total(states)
-    reference = total(ref_rest)
+    terms = {
+        "actor": states,
+        "actor, update": update,
+        "actor, optimizer step": [step],
+        "actor, log-probs": passes,
+        "reference": ref_rest,
+        "reference, log-probs": ref_pass,
+    }
+    times = load.ranks if device == "cpu" else 1
+    rest, reference = total(states), total(ref_rest)
     if device == "cuda":  # nothing empties the allocator of the reference: what a pass took stays taken
         reference += total(ref_pass)
     work = {
-        "generation": [("actor", rest), ("reference", reference)],
+        GENERATION[0]: [("actor", rest), ("reference", reference)],
         "log-probs": [("actor", rest + total(passes)), ("reference", total(ref_rest) + total(ref_pass))],
-        "update": [("actor", rest + gradients.bytes + total(update)), ("reference", reference)],
+        "update": [("actor", rest + total(update)), ("reference", reference)],
         "optimizer step": [("actor", rest + gradients.bytes + step.bytes), ("reference", reference)],
     }
     if not passes and not ref_pass:
         del work["log-probs"]
-    place = _on_cpu if device == "cpu" else _on_gpus
-    phases = place(config, work, total(engine), times, replicas, bool(ref_rest))
-    return Estimate(device, capacity, tuple(roles), phases, cache, shape.kv_bytes(load.width))
+    return [Role(name, tuple(found), times) for name, found in terms.items() if found], work
 
 
-def _on_gpus(
-    config: Config, work: dict[str, list[tuple[str, int]]], engine: int, times: int, replicas: int, refers: bool
-) -> tuple[Phase, ...]:
+def _on_gpus(work: Work, engine: int, trainers: int, shares: bool) -> tuple[Phase, ...]:
     """Phases on one of the trainer's GPUs; the engine is asleep but for generation, or elsewhere."""
-    shares = config.worker.rollout.dedicated_gpus == 0
     phases = []
     for name, parts in work.items():
-        awake = shares and name == "generation"
-        processes = 1 + refers + (shares and not awake)  # awake, vLLM counts its own within its share
+        awake = shares and name == GENERATION[0]
+        processes = trainers + (shares and not awake)  # awake, vLLM counts its own within its share
         parts = [*parts, *([("engine", engine)] if awake else []), ("processes", processes * GPU_PROCESS)]
-        phases.append(Phase(name, tuple((role, size) for role, size in parts if size)))
+        phases.append(_phase(name, parts))
     if not shares:
-        phases.append(Phase("generation, own GPUs", (("engine", engine),)))
+        phases.append(Phase(GENERATION[1], (("engine", engine),)))
     return tuple(phases)
 
 
-def _on_cpu(
-    config: Config, work: dict[str, list[tuple[str, int]]], engine: int, times: int, replicas: int, refers: bool
-) -> tuple[Phase, ...]:
+def _on_cpu(work: Work, engine: int, ranks: int, trainers: int, replicas: int) -> tuple[Phase, ...]:
     """Phases in main memory, where everything is at the same time: ranks, engines, driver, reward."""
-    processes = 2 + times * (1 + refers) + replicas
+    processes = 2 + ranks * trainers + replicas
     fixed = [("engine", replicas * engine), ("processes", processes * CPU_PROCESS)]
     return tuple(
-        Phase(name, tuple((role, size) for role, size in [*((r, times * b) for r, b in parts), *fixed] if size))
-        for name, parts in work.items()
+        _phase(name, [*((role, ranks * size) for role, size in parts), *fixed]) for name, parts in work.items()
     )
+
+
+def _phase(name: str, parts: list[tuple[str, int]]) -> Phase:
+    return Phase(name, tuple((role, size) for role, size in parts if size))
 
 
 def engine_terms(config: Config, shape: Shape, load: Load, device: str, capacity: int) -> tuple[list[Term], int | None]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from papo.doctor.case import Case, load_hf_config
-from papo.doctor.estimate import Estimate, Phase, estimate
+from papo.doctor.estimate import GENERATION, Estimate, Phase, estimate
 from papo.doctor.finding import Finding, error, in_gib, ok, warning
 from papo.doctor.machine import RAY_ENOUGH, RAY_SHARE, SHARED_MEMORY, disk_usage, main_memory
 from papo.doctor.memory import FLOAT
@@ -31,16 +31,16 @@ def check_memory_fit(case: Case) -> Iterator[Finding]:
         seen = compute(case, case.config, shapes, case.longest_prompt)
     there = f"the {'GPU' if found.device == 'cuda' else 'machine'}'s {in_gib(found.capacity)}"
     for number, phase in enumerate(found.phases):
-        text = f"{phase.name}: at most {in_gib(phase.bytes)} of {there}"
+        text = f"at most {in_gib(phase.bytes)} of {there}"
         if phase.bytes <= CLOSE * found.capacity:
-            yield ok("memory", text)
+            yield ok(phase.name, text)
             continue
         level = error if phase.bytes > found.capacity else warning
         if seen is not None:
             then = seen.phases[number].bytes
             text += f"; {in_gib(then)} with prompts as in the data ({case.longest_prompt} tokens)"
             level = error if then > found.capacity else warning
-        yield level("memory", text, advice(case, shapes, phase))
+        yield level(phase.name, text, advice(case, shapes, phase))
     yield from _judge_cache(case, found, shapes[0])
     if case.config.worker.actor.model.attn_implementation == "eager":
         text = f"attn_implementation=eager keeps {shapes[0].text.heads} heads x tokens^2, which the table leaves out"
@@ -99,7 +99,7 @@ def compute(case: Case, config: Config, shapes: tuple[Shape, Shape], prompt: int
 
 def advice(case: Case, shapes: tuple[Shape, Shape], phase: Phase) -> str:
     """The first change, of one key or of all that help, with which the arithmetic says that the phase fits."""
-    if phase.name.startswith("generation"):
+    if phase.name in GENERATION:
         steps = _generation_steps(case.config)
     else:
         steps = _training_steps(case.config, phase.name)
@@ -169,7 +169,7 @@ def _with(case: Case, shapes: tuple[Shape, Shape], change: dict[str, Any], phase
         then = compute(case, config, shapes, config.data.max_prompt_length)
     except ValueError:
         return None
-    if phase.startswith("generation") and then.cache is not None and then.cache < then.token * _longest(config):
+    if phase in GENERATION and then.cache is not None and then.cache < then.token * _longest(config):
         return None  # an engine without room for one response does not start
     return next((found.bytes for found in then.phases if found.name == phase), None)
 

@@ -24,7 +24,7 @@ def as_text(sections: dict[str, list[Finding]], estimate: Estimate | None) -> st
     for heading, findings in sections.items():
         lines += [heading, *(line for finding in findings for line in _finding(finding, width)), ""]
         if heading == "memory" and estimate is not None:
-            lines += [*_roles(estimate), "", *_phases(estimate), ""]
+            lines += [f"  {estimate.rows}", "", *_roles(estimate), "", *_phases(estimate), ""]
     found = [finding.level for findings in sections.values() for finding in findings]
     errors, warnings = found.count(Level.error), found.count(Level.warning)
     lines.append(f"{errors} error(s), {warnings} warning(s)" + ("" if errors or warnings else ": all is well"))

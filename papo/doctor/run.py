@@ -49,10 +49,10 @@ def check_devices(case: Case) -> Iterator[Finding]:
     ranks, there = trainer.nnodes * trainer.n_gpus_per_node, len(case.gpus)
     if case.device == "cpu":
         if rollout.dedicated_gpus:
-            yield error(
-                "devices", f"worker.rollout.dedicated_gpus={rollout.dedicated_gpus}, and there is no GPU", "set it to 0"
-            )
-        yield ok("devices", f"CPU: {ranks} training rank(s), {rollout.data_parallel_size or 1} engine(s)")
+            text = f"worker.rollout.dedicated_gpus={rollout.dedicated_gpus}, and this run is on CPU"
+            yield error("devices", text, "set it to 0")
+        else:
+            yield ok("devices", f"CPU: {ranks} training rank(s), {rollout.data_parallel_size or 1} engine(s)")
         return
     if not there:
         yield error("devices", "trainer.device=cuda, and there is no GPU", "trainer.device=auto")
@@ -165,16 +165,14 @@ def check_data(case: Case) -> Iterator[Finding]:
     from verl.data.overlong import prompt_length
 
     data, trainer = case.config.data, case.config.trainer
-    views = case.config.algorithm.views
+    views, vision = case.config.algorithm.views, case.vision
     columns = sorted({views[view].column for view in case.requirements.views} - {None})
     wanted = [("data.train_files", data.train_files, columns)] if not trainer.val_only else []
     for key, reference, view_columns in [*wanted, ("data.val_files", data.val_files, [])]:
         if reference is None:
             continue
         try:
-            dataset = PromptDataset(
-                reference, key, replace(data, filter_overlong_prompts=False), case.vision, view_columns
-            )
+            dataset = PromptDataset(reference, key, replace(data, filter_overlong_prompts=False), vision, view_columns)
             every = max(1, len(dataset) // SAMPLED_ROWS)
             sample = list(range(0, len(dataset), every))[:SAMPLED_ROWS]
             lengths = [prompt_length(dataset, dataset.rows.dataset[index]) for index in sample]

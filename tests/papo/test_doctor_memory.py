@@ -287,7 +287,7 @@ def test_roles_follow_from_the_config(shape_7b):
     assert not any("reference" in dict(phase.parts) for phase in alone.phases)
     apart = compute_7b(shape_7b, "trainer.n_gpus_per_node=4", "worker.rollout.dedicated_gpus=4")
     names = {phase.name: set(dict(phase.parts)) for phase in apart.phases}
-    assert names["generation, own GPUs"] == {"engine"} and "engine" not in names["generation"]
+    assert names["engine's GPUs"] == {"engine"} and "engine" not in names["generation"]
     wide = compute_7b(shape_7b, "worker.rollout.tensor_parallel_size=4")
     assert wide.roles[-1].terms[0].bytes == 2 * 8_292_166_656 // 4
     one_view = compute_7b(shape_7b, preset="grpo")
