@@ -54,8 +54,8 @@ class Phase:
 
 @dataclass(frozen=True)
 class Estimate:
-    """`rows` says what was assumed of them. `capacity` is the memory of one GPU, or on CPU the machine's. `cache` is the
-    room that vLLM has left for its KV cache (None for hf), `token` the bytes that one token takes there."""
+    """`rows` says what was assumed of them. `capacity` is the memory of one GPU, or on CPU the machine's. `cache` is
+    the room that vLLM has left for its KV cache (None for hf), `token` the bytes that one token takes there."""
 
     device: str
     rows: str

@@ -18,6 +18,7 @@ from papo.doctor import machine
 from papo.doctor.case import GPU, Case
 from papo.doctor.command import run_checks
 from tests.conftest import REPOSITORY
+from tests.fakes.doctor import assert_error, bad
 from tests.fakes.models import qwen_7b, write_hollow_model
 from tests.fakes.packages import plant_package
 from tests.fakes.rows import row, write_parquet
@@ -72,19 +73,6 @@ def run_of(assets, tmp_path, doctor):
         return doctor("--config-name", "quickstart", *options, *(f"{key}={value}" for key, value in base.items()))
 
     return run
-
-
-def bad(report: dict, level: str = "error") -> list[dict]:
-    return [finding for finding in report["findings"] if finding["level"] == level]
-
-
-def assert_error(result: tuple[int, dict], topic: str, text: str, fix: str = "") -> None:
-    """The run ends with 1, and exactly one error is of this topic and says so."""
-    code, report = result
-    found = [finding for finding in bad(report) if finding["topic"] == topic]
-    assert code == 1 and report["errors"] == len(bad(report))
-    assert len(found) == 1, bad(report)
-    assert re.search(text, found[0]["text"]) and re.search(fix, found[0]["fix"]), found[0]
 
 
 def test_a_healthy_run_has_no_error_and_says_its_arithmetic(run_of):
