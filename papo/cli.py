@@ -10,6 +10,7 @@ import sys
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from papo.doctor.command import add_doctor
 from papo.plugin import register
 from verl.config.algorithm import ViewConfig, ViewStage
 from verl.config.data import DataConfig
@@ -43,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add_mask(commands)
     add_convert_config(commands)
+    add_doctor(commands)
     return top
 
 
