@@ -24,9 +24,10 @@ def run(line: str) -> Config:
 
 
 REFUSED = {
-    "algorithm.use_kl_loss=false": "algorithm.use_kl_loss=False.*no part of the reward",
+    "algorithm.use_kl_loss=false algorithm.kl_penalty=abs": "algorithm.kl_penalty=abs.*k.*low_var_kl",
     "algorithm.kl_penalty=mse": "algorithm.kl_penalty=mse",
-    "algorithm.adv_estimator=gae": "algorithm.adv_estimator=gae",
+    "algorithm.adv_estimator=gae worker.critic.padding_free=true": "worker.critic.padding_free=True",
+    "algorithm.adv_estimator=gae worker.critic.model.lora.rank=1": "worker.critic.model.lora",
     "algorithm.kl_prcp_schedule=annealing": "kl_prcp_schedule=annealing.*schedule.shape=linear",
     "algorithm.kl_prcp_apply_mode=correct_only": "kl_prcp_apply_mode=correct_only.*incorrect_weight",
     "algorithm.use_kl_prcp=true algorithm.aug_config.noise=1": "algorithm.aug_config.noise=1",
@@ -40,7 +41,6 @@ REFUSED = {
     "worker.rollout.val_override_config.max_tokens=9": "val_override_config.max_tokens=9",
     "worker.reward.reward_type=sequential": "worker.reward.reward_type=sequential.*list",
     "trainer.load_checkpoint_path=a/global_step_5": "trainer.load_checkpoint_path=a/global_step_5.*model_path",
-    "trainer.critic_warmup=5": "trainer.critic_warmup=5",
     "trainer.val_freq=often": "trainer.val_freq=often: .*str",
     "worker.rollout.val_override_config=9": "worker.rollout.val_override_config=9: .*int",
     "worker.actor.global_batch_size=0": "zero",
@@ -99,6 +99,20 @@ def test_clipping_token_selection_imitation_and_average():
     assert (kl.cap, kl.top_fraction, kl.coef, kl.estimator) == (0.3, 0.25, 0.005, "k2")
     assert terms["sft"].coef == 0.1 and terms["policy"].kind == "cispo" and terms["policy"].clip_ratio_low == 0.2
     assert config.worker.actor.loss_avg_mode == "seq" and config.worker.actor.optim.lr_scheduler_type == "cosine"
+
+
+def test_a_kl_in_the_reward_and_a_critic():
+    config = compose_legacy(
+        "examples/config.yaml",
+        "algorithm.use_kl_loss=false algorithm.kl_penalty=kl algorithm.kl_coef=0.002 algorithm.kl_type=adaptive "
+        "algorithm.kl_horizon=500.0 algorithm.adv_estimator=gae algorithm.lam=0.95 trainer.critic_warmup=3 "
+        "worker.critic.optim.lr=2e-6 worker.critic.cliprange_value=0.3 worker.critic.model.model_path=c".split(),
+    )
+    kl, critic = config.algorithm.reward_kl, config.worker.critic
+    assert (kl.coef, kl.estimator, kl.controller, kl.horizon, kl.target) == (0.002, "k1", "adaptive", 500, 0.1)
+    assert "ref_kl" not in config.algorithm.terms
+    assert (config.algorithm.adv_estimator, config.algorithm.lam, config.trainer.critic_warmup) == ("gae", 0.95, 3)
+    assert (critic.optim.lr, critic.cliprange_value, critic.model_path) == (2e-6, 0.3, "c")
 
 
 def test_old_files_take_new_keys_and_hydras_own():

@@ -5,7 +5,8 @@ Names and defaults are those of EasyR1 up to 0.3.3 and of its fork PAPO, from th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from verl.config.legacy_rule import Changes, Old, Rule, choice, no_effect, only, refusal, renamed, same
 
@@ -17,22 +18,54 @@ UNLIMITED = 1_000_000  # generations for a step; a run that needs so many never 
 
 def _advantage(old: Old) -> Changes:
     name = old["algorithm.adv_estimator"]
-    if name == "gae":
-        raise refusal("algorithm.adv_estimator", name, "write the critic's settings anew, on the preset of your choice")
-    return {"algorithm.adv_estimator": "grpo" if name == "dapo" else name}  # upstream's dapo is a copy of grpo
+    changes = {"algorithm.adv_estimator": "grpo" if name == "dapo" else name}  # upstream's dapo is a copy of grpo
+    return {**changes, **_critic(old["worker.critic"])} if name == "gae" else changes
+
+
+def _critic(given: Mapping[str, Any]) -> Changes:
+    """The critic's keys that mean the same here; refuses the others."""
+    names = ("cliprange_value", "max_grad_norm", "ppo_epochs", "loss_avg_mode")
+    names += ("micro_batch_size_per_device_for_update", "micro_batch_size_per_device_for_experience")
+    nested = {
+        "model": {"model_path": "model_path"},
+        "optim": {n: f"optim.{n}" for n in ("lr", "betas", "weight_decay")},
+    }
+    changes = {}
+    for name, value in given.items():
+        inner = value if name in nested else {name: value}
+        known = nested.get(name, {n: n for n in names})
+        for key, own in inner.items():
+            if key not in known:
+                where = f"worker.critic.{name}.{key}" if name in nested else f"worker.critic.{key}"
+                raise refusal(where, own, "leave it out: the critic's other settings are the actor's")
+            changes[f"worker.critic.{known[key]}"] = own
+    return changes
 
 
 def _reference_kl(old: Old) -> Changes:
     if old["algorithm.disable_kl"]:
         return {}
-    if not old["algorithm.use_kl_loss"]:  # KL in the reward
-        way_out = "use_kl_loss=true makes it the loss term ref_kl, disable_kl=true does without"
-        raise refusal(
-            "algorithm.use_kl_loss", False, f"the KL to the reference is no part of the reward here; {way_out}"
-        )
+    if not old["algorithm.use_kl_loss"]:
+        return _reward_kl(old)
     if old["algorithm.kl_penalty"] != "low_var_kl":
         raise refusal("algorithm.kl_penalty", old["algorithm.kl_penalty"], "the term ref_kl is k3, low_var_kl alone")
     return {"/term@algorithm.terms.ref_kl": "ref_kl", "algorithm.terms.ref_kl.coef": old["algorithm.kl_coef"]}
+
+
+def _reward_kl(old: Old) -> Changes:
+    """Upstream's KL in the reward."""
+    estimators, penalty = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}, old["algorithm.kl_penalty"]
+    if penalty not in estimators:
+        raise refusal("algorithm.kl_penalty", penalty, f"in the reward it is one of {', '.join(estimators)}")
+    where = "algorithm.reward_kl"
+    changes = {f"{where}.coef": old["algorithm.kl_coef"], f"{where}.estimator": estimators[penalty]}
+    if old["algorithm.kl_type"] != "fixed":
+        changes |= {
+            f"{where}.controller": old["algorithm.kl_type"],
+            f"{where}.horizon": int(old["algorithm.kl_horizon"]),
+            f"{where}.target": old["algorithm.kl_target"],
+        }
+    return changes
 
 
 def _policy(old: Old) -> Changes:
@@ -142,23 +175,23 @@ DATA = [
 ]
 
 ALGORITHM = [
-    Rule({"algorithm.adv_estimator": "grpo"}, _advantage),
-    only("algorithm.gamma", 1.0, (1.0,), "rewards are not discounted"),
-    only("algorithm.lam", 1.0, (1.0,), "only gae reads it"),
+    Rule({"algorithm.adv_estimator": "grpo", "worker.critic": {}}, _advantage),
+    same("algorithm.gamma", 1.0),
+    same("algorithm.lam", 1.0),
     Rule(
         {
             "algorithm.disable_kl": False,
             "algorithm.use_kl_loss": False,
             "algorithm.kl_penalty": "kl",
             "algorithm.kl_coef": 1e-3,
+            "algorithm.kl_type": "fixed",
+            "algorithm.kl_horizon": 10000.0,
+            "algorithm.kl_target": 0.1,
         },
         _reference_kl,
         why="no reference model, no term ref_kl",
         plain={"algorithm.kl_coef": "algorithm.terms.ref_kl.coef"},
     ),
-    no_effect("algorithm.kl_type", "fixed", "it controls a KL in the reward, and here it is a loss"),
-    no_effect("algorithm.kl_horizon", 10000.0, "it controls a KL in the reward, and here it is a loss"),
-    no_effect("algorithm.kl_target", 0.1, "it controls a KL in the reward, and here it is a loss"),
     same("algorithm.online_filtering", False),
     same("algorithm.filter_key", "overall"),
     same("algorithm.filter_low", 0.01),
@@ -256,11 +289,11 @@ TRAINER = [
     same("trainer.nnodes", 1),
     same("trainer.n_gpus_per_node", 8),
     renamed("trainer.max_try_make_batch", "trainer.max_try_make_batch", 20, lambda n: UNLIMITED if n < 0 else n),
-    only("trainer.critic_warmup", 0, (0,), "no estimator that is taken over has a critic"),
+    same("trainer.critic_warmup", 0),
     renamed("trainer.val_freq", "trainer.val_freq", -1, lambda steps: max(steps, 0)),
     same("trainer.val_before_train", True),
     same("trainer.val_only", False),
-    no_effect("trainer.val_generations_to_log", 0, "samples.jsonl holds generations (trainer.samples_per_step)"),
+    same("trainer.val_generations_to_log", 0),
     no_effect("trainer.save_freq", -1, SAVED_ONCE),
     no_effect("trainer.save_limit", -1, SAVED_ONCE),
     no_effect("trainer.save_model_only", False, SAVED_ONCE),
@@ -278,7 +311,6 @@ TRAINER = [
 
 OTHER = [
     no_effect("worker.hybrid_engine", True, "where engines run follows from the GPUs"),
-    no_effect("worker.critic", {}, "no estimator that is taken over has a critic"),
 ]
 
 RULES = [*DATA, *ALGORITHM, *ACTOR, *_fsdp("actor"), *_fsdp("ref"), *ROLLOUT, *REWARD, *TRAINER, *OTHER]
