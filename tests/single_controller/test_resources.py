@@ -95,3 +95,8 @@ def test_the_carrier_follows_from_where_engines_and_trainer_are():
     for name, place in (("ipc", layout("cuda", 2)), ("collective", layout("cuda")), ("pigeon", layout("cpu"))):
         with pytest.raises(ValueError, match="worker.rollout.weight_sync"):
             choose_carrier(name, place)
+
+
+def test_all_kinds_of_workers_fit_on_one_gpu():
+    shares = (resources.ACTOR_SHARE, resources.REFERENCE_SHARE, resources.CRITIC_SHARE, resources.ROLLOUT_SHARE)
+    assert sum(round(share * 10_000) for share in shares) <= 10_000  # as Ray counts them

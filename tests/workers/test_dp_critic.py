@@ -12,8 +12,10 @@ from transformers import AutoModelForImageTextToText
 from tests.fakes.actors import CPU, MAX_RESPONSE_LENGTH, on_ranks, process_group
 from tests.fakes.rollouts import make_batch
 from tests.fakes.rows import row, write_parquet
-from verl.algorithms.losses.value import value_loss
+from verl.algorithms.losses.value import explained_variance, value_loss
+from verl.config.algorithm import LossAverage
 from verl.config.worker import ComputeDtype, CriticConfig, FSDPConfig, ModelConfig
+from verl.metrics.bag import MetricBag
 from verl.models.value import ValueModel
 from verl.protocol import DataProto
 from verl.workers.critic.dp_critic import DataParallelCritic
@@ -70,8 +72,10 @@ def gradient(model: Path, batch: DataProto, mini_batches: int = 1, **options) ->
     return {name: before[name] - after[name] for name in before}
 
 
-def on_one_of_ranks(rank: int, model: Path, shards: list[DataProto]) -> dict[str, torch.Tensor]:
-    return gradient(model, shards[rank])
+def on_one_of_ranks(rank: int, models: list[Path], shards: list[DataProto]) -> list[tuple]:
+    """For each model, the values and the gradient of one of two ranks."""
+    rows = shards[rank]
+    return [(build(model).compute_values(rows), gradient(model, rows)) for model in models]
 
 
 def plain_values(model: Path, batch: DataProto) -> tuple[ValueModel, list[torch.Tensor]]:
@@ -114,28 +118,54 @@ def test_values_are_those_of_the_plain_model_before_each_token(model, batch):
         assert (values[i, len(own) :] == 0).all()
 
 
-def test_the_gradient_is_that_of_the_definition(model, batch):
+@pytest.mark.parametrize("average", list(LossAverage))
+def test_the_gradient_is_that_of_the_definition(model, batch, average):
     critic, found = plain_values(model, batch)
-    total, clipped = 0.0, 0
+    losses, clipped = [], 0
     for i, values in enumerate(found):
+        own = []
         for t, value in enumerate(values):
             old, target = batch["values"][i, t].double(), batch["returns"][i, t].double()
             bound = old + (value - old).clamp(-CLIP, CLIP)
             clipped += bool((bound - target) ** 2 > (value - target) ** 2)
-            total = total + torch.maximum((value - target) ** 2, (bound - target) ** 2) / 2
+            own.append(torch.maximum((value - target) ** 2, (bound - target) ** 2) / 2)
+        losses.append(torch.stack(own))
     tokens = int(batch["response_mask"].sum())
-    (total / tokens).backward()
     assert 0 < clipped < tokens  # both branches are taken
-    expected = {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in critic.named_parameters()}
+    {
+        LossAverage.token: torch.cat(losses).mean(),
+        LossAverage.seq: torch.stack([own.mean() for own in losses]).mean(),
+        LossAverage.seq_sum: torch.stack([own.sum() for own in losses]).mean() / MAX_RESPONSE_LENGTH,
+    }[average].backward()
+    expected = {name: weight.grad for name, weight in critic.named_parameters()}  # of every weight: none is idle
     with process_group():
-        assert_same(gradient(model, batch), expected, 1e-5)
+        assert_same(gradient(model, batch, loss_avg_mode=average), expected, 1e-5)
 
 
-@pytest.mark.parametrize("options", [{"micro_batch_size_per_device_for_update": n} for n in (1, 3)])
-def test_the_split_into_micro_batches_does_not_matter(assets, batch, options):
+@pytest.mark.parametrize("average", list(LossAverage))
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_split_into_micro_batches_does_not_matter(assets, batch, size, average):
+    options = {"loss_avg_mode": average, "micro_batch_size_per_device_for_update": size}
     with process_group():
-        expected = gradient(assets / "model", batch)
+        expected = gradient(assets / "model", batch, loss_avg_mode=average)
         assert_same(gradient(assets / "model", batch, **options), expected, 2e-6)
+        cut, whole = build(assets / "model", **options), build(assets / "model", loss_avg_mode=average)
+        metrics = whole.update_critic(batch, 1).result()
+        assert cut.update_critic(batch, 1).result() == pytest.approx(metrics, rel=1e-5)
+    names = ("vf_loss", "vf_clip_frac", "value", "return", "grad_norm", "lr", "skipped_frac")
+    assert metrics.keys() == {f"critic/{name}" for name in names}
+
+
+def test_mini_batches_and_epochs_are_updates_of_their_own(assets, batch):
+    with process_group():
+        found = gradient(assets / "model", batch, mini_batches=2, ppo_epochs=2, lr=0.1)
+        critic = build(assets / "model", lr=0.1)
+        before = weights(critic)
+        for half in batch.chunk(2) * 2:
+            critic.update_critic(half, 1)
+        after = weights(critic)
+    assert critic.schedule.last_epoch == 4
+    assert_same(found, {name: before[name] - after[name] for name in before}, 1e-4)
 
 
 def test_order_of_rows_does_not_matter(assets, batch):
@@ -144,11 +174,15 @@ def test_order_of_rows_does_not_matter(assets, batch):
         assert_same(gradient(assets / "model", batch.rows(order)), gradient(assets / "model", batch), 2e-6)
 
 
-def test_two_ranks_one_of_them_without_images_have_the_gradient_of_one(assets, batch):
-    with process_group():
-        expected = gradient(assets / "model", batch)
-    for found in on_ranks(2, on_one_of_ranks, assets / "model", batch.chunk(2)):
-        assert_same(found, expected, 2e-6)
+def test_two_ranks_one_of_them_without_images_have_the_values_and_the_gradient_of_one(assets, tied_model, batch):
+    models = [assets / "model", tied_model]
+    ranks = on_ranks(2, on_one_of_ranks, models, batch.chunk(2))
+    for model, *found in zip(models, *ranks, strict=True):
+        with process_group():
+            values, expected = build(model).compute_values(batch), gradient(model, batch)
+        torch.testing.assert_close(torch.cat([own for own, _ in found]), values, atol=1e-5, rtol=0)
+        for _, own in found:
+            assert_same(own, expected, 5e-6)
 
 
 def test_updates_bring_values_to_their_returns(assets, batch):
@@ -189,3 +223,22 @@ def test_value_loss_by_hand():
     assert clipped.tolist() == [[0, 1, 0]]
     losses.sum().backward()
     torch.testing.assert_close(values.grad, torch.tensor([[-0.2, 0.0, 2.0]]))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([0, 1, 2], 1), ([5, 6, 7], 1), ([1, 1, 1], 0), ([0, 2, 4], 0), ([2, 1, 0], -3), ([0, 0.5, 1], 0.75)],
+)
+def test_explained_variance_by_hand(values, expected):
+    values, returns = torch.tensor([[*map(float, values), 99.0]]), torch.tensor([[0.0, 1.0, 2.0, -99.0]])
+    metrics = MetricBag()
+    metrics.add("explained", *explained_variance(values, returns, torch.tensor([[1, 1, 1, 0]])))
+    assert metrics.result()["explained"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 1, 0], [0, 0, 0, 0]])
+def test_returns_that_do_not_vary_leave_nothing_to_explain(mask):
+    metrics = MetricBag()
+    values, returns = torch.tensor([[0.0, 3.0, 1.0, 0.0]]), torch.tensor([[0.1, 0.1, 0.1, 5.0]])
+    metrics.add("explained", *explained_variance(values, returns, torch.tensor([mask])))
+    assert metrics.result() == {}

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup
 
+from verl.algorithms.losses.value import explained_variance
 from verl.config.config import Config
 from verl.metrics.bag import MetricBag
 from verl.protocol import DataProto
@@ -86,9 +87,13 @@ class CriticGroup(WorkerGroup):
         return DataProto.concat(self.on_shards(CriticWorker.compute_values, batch.chunk(self.size)))
 
     def update_critic(self, batch: DataProto, num_mini_batches: int) -> MetricBag:
-        """All updates of a step."""
+        """All updates of a step. `critic/explained_variance` is that of the values before them; where the returns are
+        all the same there is none."""
         shards = self.shards_of_mini_batches(batch, num_mini_batches)
-        return MetricBag.merged(self.on_shards(CriticWorker.update_critic, shards, num_mini_batches))
+        metrics = MetricBag.merged(self.on_shards(CriticWorker.update_critic, shards, num_mini_batches))
+        explained = explained_variance(batch["values"], batch["returns"], batch["response_mask"])
+        metrics.add("critic/explained_variance", *explained)
+        return metrics
 
 
 class ActorGroup(LogProbGroup):
