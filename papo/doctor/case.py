@@ -55,10 +55,9 @@ class Case:
 
     @cached_property
     def requirements(self) -> Requirements:
-        from verl.algorithms.losses.compose import build_terms
-        from verl.algorithms.requirements import find_requirements
+        from verl.algorithms.requirements import requirements_of
 
-        return find_requirements(build_terms(self.config.algorithm.terms), self.config.algorithm.views)
+        return requirements_of(self.config.algorithm)
 
 
 def load_hf_config(model_path: str, config: Config) -> Any:

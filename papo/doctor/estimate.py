@@ -121,7 +121,7 @@ def estimate(
     roles, work = [], {GENERATION[0]: []}
     if not config.trainer.val_only:
         roles, work = _training(config, requirements, recomputes_old, shapes, load, device)
-    trainers = {role.name for role in roles} & {"actor", "reference"}
+    trainers = {role.name for role in roles} & {"actor", "reference", "critic"}
     engine, cache = engine_terms(config, shapes[0], load, device, capacity)
     roles.append(Role("engine", tuple(engine), replicas if device == "cpu" else 1))
     if device == "cpu":
@@ -146,7 +146,7 @@ def _training(
     load: Load,
     device: str,
 ) -> tuple[list[Role], Work]:
-    """Actor and reference: their terms, and what they have in each phase of a step."""
+    """Actor, reference and critic: their terms, and what they have in each phase of a step."""
     shape, ref_shape = shapes
     states, gradients, step = state_terms(shape, load), gradient_term(shape, load), optimizer_step_term(shape, load)
     update = [gradients, *update_terms(shape, load)]
@@ -156,6 +156,7 @@ def _training(
         ref_load = replace(load, min_block=config.worker.ref.fsdp.min_block_params)
         ref_rest = state_terms(ref_shape, ref_load)[:1]
         ref_pass = pass_terms(ref_shape, ref_load, config.worker.ref.fsdp.reshard_after_forward)
+    values, values_update = _critic_terms(config, shape, load) if requirements.critic else ([], [])
     terms = {
         "actor": states,
         "actor, update": update,
@@ -163,20 +164,39 @@ def _training(
         "actor, log-probs": passes,
         "reference": ref_rest,
         "reference, log-probs": ref_pass,
+        "critic": values,
+        "critic, update": values_update,
     }
-    times = load.ranks if device == "cpu" else 1
-    rest, reference = total(states), total(ref_rest)
-    if device == "cuda":  # nothing empties the allocator of the reference: what a pass took stays taken
-        reference += total(ref_pass)
+    times = load.ranks if device == "cpu" else 1  # on a GPU each process frees what its pass took
+    rest, others = total(states), [("reference", total(ref_rest)), ("critic", total(values))]
     work = {
-        GENERATION[0]: [("actor", rest), ("reference", reference)],
-        "log-probs": [("actor", rest + total(passes)), ("reference", total(ref_rest) + total(ref_pass))],
-        "update": [("actor", rest + total(update)), ("reference", reference)],
-        "optimizer step": [("actor", rest + gradients.bytes + step.bytes), ("reference", reference)],
+        GENERATION[0]: [("actor", rest), *others],
+        "log-probs": [("actor", rest + total(passes)), ("reference", total(ref_rest + ref_pass)), others[1]],
+        "critic update": [("actor", rest), others[0], ("critic", total(values + values_update))],
+        "update": [("actor", rest + total(update)), *others],
+        "optimizer step": [("actor", rest + gradients.bytes + step.bytes), *others],
     }
+    if not values:
+        del work["critic update"]
     if not passes and not ref_pass:
         del work["log-probs"]
     return [Role(name, tuple(found), times) for name, found in terms.items() if found], work
+
+
+def _critic_terms(config: Config, shape: Shape, load: Load) -> tuple[list[Term], list[Term]]:
+    """(what it holds, what its update takes besides): the actor's model with one view and a head of one output."""
+    critic = config.worker.critic
+    own = replace(
+        load,
+        update_rows=critic.micro_batch_size_per_device_for_update,
+        update_views=1,
+        checkpointing=critic.enable_gradient_checkpointing,
+        reshard=critic.fsdp.reshard_after_forward,
+        min_block=critic.fsdp.min_block_params,
+        chunk=0,
+    )
+    update = [term for term in [gradient_term(shape, own), *update_terms(shape, own)] if term.bytes]
+    return state_terms(shape, own), update
 
 
 def _on_gpus(work: Work, engine: int, trainers: int, shares: bool) -> tuple[Phase, ...]:

@@ -266,7 +266,7 @@ def test_phases_of_the_shipped_preset_add_up(shape_7b):
     phases = {phase.name: dict(phase.parts) for phase in found.phases}
     roles = {role.name: total(list(role.terms)) for role in found.roles}
     rest = total(state_terms(shape_7b, LOAD))
-    reference = roles["reference"] + roles["reference, log-probs"]  # its allocator gives nothing back
+    reference = roles["reference"]  # what its pass took is free again
     assert phases["generation"] == {
         "actor": rest,
         "reference": reference,
@@ -296,6 +296,20 @@ def test_roles_follow_from_the_config(shape_7b):
     exact = compute_7b(shape_7b, "algorithm.terms.perception_kl.estimator=full")
     logits = {role.name: role.terms for role in exact.roles}["actor, update"][-1]
     assert logits.bytes == 1024 * 152064 * LOGIT_BYTES["kl"]
+
+
+def test_a_critic_holds_what_the_actor_does_and_has_a_phase_of_its_own(shape_7b):
+    found = compute_7b(
+        shape_7b, "algorithm.adv_estimator=gae", "worker.critic.micro_batch_size_per_device_for_update=2"
+    )
+    phases = {phase.name: dict(phase.parts) for phase in found.phases}
+    states = total(state_terms(shape_7b, LOAD))
+    assert phases["generation"]["critic"] == phases["update"]["critic"] == states
+    terms = {role.name: role.terms for role in found.roles}["critic, update"]
+    assert phases["critic update"]["critic"] == states + total(list(terms))
+    activations = next(term for term in terms if term.name == "activations, language model")
+    assert activations.bytes == 27_481_079_808 // 4  # one view of two, two rows of four
+    assert not any("logits" in term.name for term in terms)
 
 
 def test_on_cpu_all_ranks_share_main_memory(shape_7b):

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import REPOSITORY
-from verl.algorithms.losses.compose import build_terms
-from verl.algorithms.requirements import find_requirements, required_before_updates
+from verl.algorithms.requirements import requirements_of
 from verl.algorithms.rewards import RewardKL
 from verl.config.compose import compose_config
 from verl.config.config import Config
@@ -78,9 +77,15 @@ def built(ray_cluster, assets, tmp_path_factory) -> tuple[Plan, Workers, Path]:
 def two_steps(built: tuple[Plan, Workers, Path], config: Config) -> tuple[Run, list[StepResult]]:
     plan, workers, _ = built
     check(config)
-    before = required_before_updates(config.algorithm)
-    requirements = find_requirements(build_terms(config.algorithm.terms), config.algorithm.views, before)
-    run = Run(config, plan.sizes, requirements, plan.vision, workers, 2, RewardKL(config.algorithm.reward_kl))
+    run = Run(
+        config,
+        plan.sizes,
+        requirements_of(config.algorithm),
+        plan.vision,
+        workers,
+        2,
+        RewardKL(config.algorithm.reward_kl),
+    )
     collector = Collector(run, ((0, prompts) for prompts in iter(plan.train_loader)))
     return run, [run_step(run, collector, step) for step in (1, 2)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,12 +25,19 @@ SMALL = ("trainer.nnodes=2", "trainer.n_gpus_per_node=1", "worker.rollout.name=h
 NO_VALIDATION = ("trainer.val_before_train=false", "trainer.val_after_train=false", "trainer.val_freq=0")
 
 
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Two nodes with one CPU each: two ranks, each of which takes one, cannot share a node."""
-    head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": 0}
+    # Ray's agent, which takes jobs, has the same port in every cluster: another one may be on this machine.
+    head = {"num_cpus": 1, "include_dashboard": True, "dashboard_port": 0, "dashboard_agent_listen_port": free_port()}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=1, dashboard_agent_listen_port=free_port())
     cluster.wait_for_nodes()
     yield cluster
     cluster.shutdown()
@@ -78,7 +86,7 @@ def test_ray_job_submit(cluster, assets, tmp_path):
     environment = yaml.safe_load((REPOSITORY / "examples" / "runtime_env.yaml").read_text())
     file = tmp_path / "runtime_env.yaml"  # the same without its working folder: this one is not packed and sent
     file.write_text(yaml.safe_dump({k: v for k, v in environment.items() if k != "working_dir"}))
-    address = f"http://{cluster.head_node.webui_url}" if cluster.head_node.webui_url else ""
+    address = f"http://{cluster.head_node.webui_url}"
     overrides = [
         f"data.train_files={assets / 'train.parquet'}",
         "data.val_files=null",

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from tests.fakes.rows import row, write_parquet
-from verl.algorithms.losses.compose import build_terms
-from verl.algorithms.requirements import find_requirements, required_before_updates
+from verl.algorithms.requirements import requirements_of
 from verl.algorithms.rewards import RewardKL
 from verl.config.compose import compose_config
 from verl.config.sizes import Sizes
@@ -85,8 +84,7 @@ def make(assets, tmp_path, monkeypatch):
 
         workers = SimpleNamespace(rollout=Engine(vision.special.pad), start_reward=reward)
         sizes = Sizes(ranks, 4, N, 2, 1, 8)
-        terms, before = build_terms(config.algorithm.terms), required_before_updates(config.algorithm)
-        requirements = find_requirements(terms, config.algorithm.views, before)
+        requirements = requirements_of(config.algorithm)
         run = Run(config, sizes, requirements, vision, workers, 10, RewardKL(config.algorithm.reward_kl))
         return Collector(run, prompts())
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from verl.algorithms.advantage import ADVANTAGES, build_shapers
-from verl.algorithms.losses.compose import LossTerm
+from verl.algorithms.losses.compose import LossTerm, build_terms
 from verl.columns import EXACT, is_exact, split_exact, view_column
 from verl.config.algorithm import AlgorithmConfig, ViewConfig
 
@@ -50,6 +50,11 @@ def required_before_updates(algorithm: AlgorithmConfig) -> dict[str, tuple[str, 
     for shaper in build_shapers(algorithm.shapers):
         found[f"algorithm.shapers.{shaper.name}"] = shaper.requires
     return found
+
+
+def requirements_of(algorithm: AlgorithmConfig) -> Requirements:
+    """What the terms and the advantages of this config need. Raises ValueError as `find_requirements` does."""
+    return find_requirements(build_terms(algorithm.terms), algorithm.views, required_before_updates(algorithm))
 
 
 def find_requirements(

@@ -123,8 +123,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def start_ray(layout: Layout) -> None:
-    """Connect to the cluster in RAY_ADDRESS, or start one on this machine."""
+def start_ray(layout: Layout, nnodes: int = 1) -> None:
+    """Connect to the cluster in RAY_ADDRESS; without one, a run on one node starts Ray for itself, whatever else runs
+    there, and a run on several joins the cluster that `ray start` has made.
+
+    Raises ConnectionError, with the way out, where there is none.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     passed_on = {n: v for n, v in os.environ.items() if n in PASSED_ON or n.startswith(PASSED_ON_PREFIXES)}
@@ -135,8 +139,15 @@ def start_ray(layout: Layout) -> None:
     }
     options = {"logging_level": logging.ERROR, "runtime_env": runtime_env}
     if not os.environ.get("RAY_ADDRESS"):
-        options |= {"include_dashboard": False, "num_cpus": max(usable_cores(), 1)}
-    ray.init(**options)
+        own = {"address": "local", "include_dashboard": False, "num_cpus": max(usable_cores(), 1)}
+        options |= own if nnodes == 1 else {"address": "auto"}
+    try:
+        ray.init(**options)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"trainer.nnodes={nnodes} and RAY_ADDRESS={os.environ.get('RAY_ADDRESS', '')!r}: there is no Ray cluster "
+            "to join. Run `ray start --head --port=6379` on one node and `ray start --address=HEAD:6379` on the others"
+        ) from error
 
 
 def actor_options(

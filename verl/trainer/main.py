@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     try:
         summary = trainer.fit()
-    except ClusterError as error:
+    except (ClusterError, ConnectionError) as error:
         sys.exit(f"error: {error}")
     for line in describe(summary, trainer.run_dir.path):
         logger.info(line)

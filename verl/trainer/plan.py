@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from verl.algorithms.losses.compose import build_terms
-from verl.algorithms.requirements import Requirements, find_requirements, required_before_updates
+from verl.algorithms.requirements import Requirements, required_before_updates, requirements_of
 from verl.config.algorithm import OldLogProbs, ViewStage
 from verl.config.config import Config
 from verl.config.sizes import Sizes, compute_sizes
@@ -134,7 +133,7 @@ def check(config: Config) -> Requirements:
             f"worker.rollout.n={rollout.n}: {config.algorithm.adv_estimator} compares responses to one prompt, it "
             "needs 2 or more"
         )
-    return find_requirements(build_terms(config.algorithm.terms), config.algorithm.views, before)
+    return requirements_of(config.algorithm)
 
 
 def recomputes_old(config: Config, requirements: Requirements, sizes: Sizes) -> bool:

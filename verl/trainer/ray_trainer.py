@@ -46,7 +46,7 @@ class RayTrainer:
         started, succeeded = time.perf_counter(), False
         try:
             plan = self.plan
-            start_ray(plan.layout)
+            start_ray(plan.layout, self.trainer.nnodes)
             workers = Workers.build(plan)
             reward_kl = RewardKL(plan.config.algorithm.reward_kl)
             self.run = Run(

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from verl.algorithms.losses.compose import build_terms
-from verl.algorithms.requirements import find_requirements
+from verl.algorithms.requirements import requirements_of
 from verl.config.config import Config
 from verl.config.worker import FSDPConfig, ModelConfig
 from verl.data.vision import load_special_tokens
@@ -59,6 +59,11 @@ class ModelWorker:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world_size)
 
+    def free_cache(self) -> None:
+        """Give what a pass has left over back to the GPU, which other workers share."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
 
 class PolicyWorker(ModelWorker):
     """A rank of a policy."""
@@ -75,6 +80,7 @@ class PolicyWorker(ModelWorker):
         log_probs = compute_log_probs(
             self.policy, batch, view, self.config.worker.rollout.temperature, size, self.device
         )
+        self.free_cache()
         return DataProto.from_dict({"log_probs": log_probs})
 
 
@@ -108,11 +114,15 @@ class CriticWorker(ModelWorker):
 
     def compute_values(self, batch: DataProto) -> DataProto:
         """`values` [B, R] of this rank's rows, without gradient."""
-        return DataProto.from_dict({"values": self.critic.compute_values(batch)})
+        values = self.critic.compute_values(batch)
+        self.free_cache()
+        return DataProto.from_dict({"values": values})
 
     def update_critic(self, batch: DataProto, num_mini_batches: int) -> MetricBag:
         """All updates of one step on this rank's rows; returns its metrics."""
-        return self.critic.update_critic(batch, num_mini_batches)
+        metrics = self.critic.update_critic(batch, num_mini_batches)
+        self.free_cache()
+        return metrics
 
 
 class ActorWorker(PolicyWorker):
@@ -125,7 +135,7 @@ class ActorWorker(PolicyWorker):
         terms = build_terms(algorithm.terms)
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
         optimizer = build_optimizer(trainable, actor.optim)
-        requirements = find_requirements(terms, algorithm.views)
+        requirements = requirements_of(algorithm)
         self.actor = DataParallelActor(
             policy=self.policy,
             optimizer=optimizer,
@@ -162,8 +172,7 @@ class ActorWorker(PolicyWorker):
         """How the weights will be cut; the same on every rank. A tied head is sent under its own name too: an
         engine may hold a copy of it."""
         dtype = resolve_dtype(self.config.worker.actor.fsdp.compute_dtype, self.device.type)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # what the update has left over: an engine on this GPU is about to wake up
+        self.free_cache()  # an engine on this GPU is about to wake up
         self.sent_weights = self.policy.inner.state_dict()
         shapes = (
             (name, dtype if weight.is_floating_point() else weight.dtype, tuple(weight.shape))
