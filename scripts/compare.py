@@ -17,6 +17,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -64,7 +65,7 @@ class Variant:
         ]
 
     def folder(self, out: Path, seed: int) -> Path:
-        return out / self.name.replace(" ", "_") / f"seed{seed}"
+        return out / re.sub(r"[^\w.-]+", "_", self.name) / f"seed{seed}"
 
 
 def train(variant: Variant, seed: int, arguments: list[str], out: Path) -> None:
