@@ -64,7 +64,7 @@ def load_hf_config(model_path: str, config: Config) -> Any:
     """config.json of a folder or hub name. Raises ValueError or FileNotFoundError naming it."""
     from transformers import AutoConfig
 
-    from verl.models.families import check_family
+    from verl.models.families import family_of
     from verl.models.paths import check_model_path
 
     check_model_path(model_path)
@@ -72,5 +72,5 @@ def load_hf_config(model_path: str, config: Config) -> Any:
         loaded = AutoConfig.from_pretrained(model_path, trust_remote_code=config.worker.actor.model.trust_remote_code)
     except (OSError, ValueError) as reason:
         raise ValueError(f"the model '{model_path}' has no config.json that can be read: {reason}") from reason
-    check_family(loaded)
+    family_of(loaded)
     return loaded

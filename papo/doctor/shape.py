@@ -56,31 +56,42 @@ class Shape:
 def shape_of(config: Any) -> Shape:
     """The shape of the model with this Hugging Face config, counted on the meta device: no weight is made or read."""
     import torch
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    from verl.models.families import family_of
+
+    sees = family_of(config).has_vision
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    text, vision = config.text_config, config.vision_config
+        model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config)
+    text = config.get_text_config()
     blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    in_tower = {id(module) for module in model.model.visual.modules()}
-
-    def tower(of_vision: bool, part: Any, layers: int, heads: int) -> Tower:
-        own = [block for block in blocks if (id(block) in in_tower) == of_vision]
-        return Tower(layers, part.hidden_size, part.intermediate_size, heads, max(map(_count, own)))
-
+    in_tower = {id(module) for module in model.model.visual.modules()} if sees else set()
+    largest = {of: max((_count(b) for b in blocks if (id(b) in in_tower) == of), default=0) for of in (False, True)}
+    heads = text.num_attention_heads
     return Shape(
         parameters=_count(model),
-        vision_parameters=_count(model.model.visual),
-        text=tower(False, text, text.num_hidden_layers, text.num_attention_heads),
-        vision=tower(True, vision, vision.depth, vision.num_heads),
+        vision_parameters=_count(model.model.visual) if sees else 0,
+        text=Tower(text.num_hidden_layers, text.hidden_size, text.intermediate_size, heads, largest[False]),
+        vision=_vision_tower(config.vision_config, largest[True]) if sees else Tower(0, 0, 0, 1, 0),
         vocabulary=text.vocab_size,
         tied=bool(config.tie_word_embeddings),
         kv_heads=text.num_key_value_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        patch=vision.patch_size,
-        merge=vision.spatial_merge_size,
-        pixels=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        patch=config.vision_config.patch_size if sees else 1,
+        merge=config.vision_config.spatial_merge_size if sees else 1,
+        pixels=_patch_values(config.vision_config) if sees else 0,
     )
+
+
+def _vision_tower(vision: Any, block: int) -> Tower:
+    # Qwen2-VL calls the tower's width embed_dim; its hidden_size is what the tower hands on.
+    hidden = getattr(vision, "embed_dim", None) or vision.hidden_size
+    intermediate = getattr(vision, "intermediate_size", None) or int(hidden * vision.mlp_ratio)
+    return Tower(vision.depth, hidden, intermediate, vision.num_heads, block)
+
+
+def _patch_values(vision: Any) -> int:
+    return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
 
 
 def _count(module: Any) -> int:

@@ -182,8 +182,17 @@ def test_a_missing_processor(run_of, model):
 def test_a_mistyped_model_path_and_a_model_of_another_kind(run_of, model):
     assert_error(run_of(f"worker.actor.model.model_path={model}x"), "model", "modelx' is no Hugging Face folder")
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"model_type": "qwen2_vl"}))
-    assert_error(run_of(f"worker.actor.model.model_path={model}"), "model", "a 'qwen2_vl' model; supported")
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    assert_error(run_of(f"worker.actor.model.model_path={model}"), "model", "a 'gpt2' model; supported")
+
+
+def test_every_family_has_a_shape_and_an_estimate(families, run_of):
+    for model_type, folder in families.items():
+        rows = {"data.train_files": folder / "train.parquet", "data.val_files": folder / "val.parquet"}
+        given = [f"{key}={path}" for key, path in rows.items() if path.is_file()]
+        _, report = run_of(f"worker.actor.model.model_path={folder / 'model'}", *given)
+        assert not [f for f in bad(report) if f["topic"] in ("model", "weights", "memory")], (model_type, bad(report))
+        assert report["memory"]["phases"], model_type
 
 
 def test_data_files_that_are_missing_or_have_other_columns(run_of, tmp_path):
