@@ -5,6 +5,7 @@ One set of workers serves them all; what an algorithm needs of them is what its 
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def two_steps(built: tuple[Plan, Workers, Path], config: Config) -> tuple[Run, l
         2,
         RewardKL(config.algorithm.reward_kl),
     )
-    collector = Collector(run, ((0, prompts) for prompts in iter(plan.train_loader)))
+    collector = Collector(run, ((epoch, prompts) for epoch in itertools.count() for prompts in plan.train_loader))
     return run, [run_step(run, collector, step) for step in (1, 2)]
 
 
@@ -102,7 +103,8 @@ def test_two_steps(built, assets, name):
         assert result.metrics["actor/pull/policy"] > 0
         assert result.metrics["train/reward"] > 0
     first, last = results[0].metrics, results[1].metrics
-    assert last["rollout/weight_version"] == first["rollout/weight_version"] + 1
+    newer = last["rollout/weight_version"] - first["rollout/weight_version"]
+    assert newer == 1 or (name == "dapo" and 0 < newer < 1)  # groups that waited are a step older
     if "reward_kl" in name:
         assert first["train/reward_kl_coef"] == 0.1 and last["train/reward_kl"] != 0
         assert (run.reward_kl.coef == 0.1) == (name == "reward_kl")
