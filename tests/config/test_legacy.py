@@ -37,7 +37,6 @@ REFUSED = {
     "worker.actor.optim.lr_warmup_ratio=0.1": "lr_warmup_ratio=0.1.*lr_warmup_steps",
     "worker.actor.model.lora.rank=64": "worker.actor.model.lora.rank=64",
     "worker.actor.fsdp.mp_param_dtype=fp16": "worker.actor.fsdp.mp_param_dtype=fp16",
-    "worker.rollout.ignore_eos=true": "worker.rollout.ignore_eos=True",
     "worker.rollout.val_override_config.max_tokens=9": "val_override_config.max_tokens=9",
     "worker.reward.reward_type=sequential": "worker.reward.reward_type=sequential.*list",
     "trainer.load_checkpoint_path=a/global_step_5": "trainer.load_checkpoint_path=a/global_step_5.*model_path",

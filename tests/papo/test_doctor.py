@@ -401,7 +401,8 @@ def test_a_check_that_fails_itself_is_a_finding_and_the_next_one_runs():
     [
         (["--gpus", "2"], "go together"),
         (["--gpus", "0", "--gpu-memory", "80"], "above 0"),
-        (["data.seed=1"], "overrides need --config-name"),
+        (["data.seed=1"], "data.seed=1 needs --config-name"),
+        (["--dry-run"], "--dry-run needs --config-name"),
     ],
 )
 def test_options_that_do_not_go_together(arguments, message):

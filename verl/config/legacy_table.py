@@ -262,7 +262,7 @@ ROLLOUT = [
         "tensor_parallel_size": 2, "max_model_len": None, "max_num_batched_tokens": 8192,
     }.items()),
     no_effect("worker.rollout.dtype", "bf16", "the engine computes as the trainer does"),
-    only("worker.rollout.ignore_eos", False, (False,), "responses end at the end token"),
+    same("worker.rollout.ignore_eos", False),
     only("worker.rollout.stop_token_ids", None, (None,), "responses end at the model's own end tokens"),
     only("worker.rollout.stop_words", None, (None,), "responses end at the model's own end tokens"),
     no_effect("worker.rollout.disable_log_stats", True, "the engine is quiet"),

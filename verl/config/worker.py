@@ -125,6 +125,7 @@ class SamplingOverride:
 @dataclass
 class RolloutConfig:
     """`name`: vllm, hf, or auto: vllm where it is installed. `n` responses per prompt; `top_k` -1 keeps all tokens.
+    With `ignore_eos` every response of training is as long as it may be: for measurements.
 
     Where engines run: on CPU `data_parallel_size` of them (default 1); with GPUs as many as fit, each over
     `tensor_parallel_size` GPUs. They share the trainer's GPUs and sleep while it works, or have `dedicated_gpus`
@@ -145,6 +146,7 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = -1
     seed: int = II("trainer.seed")
+    ignore_eos: bool = False
     limit_images: int = 0
     tensor_parallel_size: int = 1
     data_parallel_size: int | None = None

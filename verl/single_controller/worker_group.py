@@ -43,6 +43,10 @@ class WorkerGroup:
         """Call `method` with the same arguments on every rank; returns their results by rank."""
         return ray.get([getattr(worker, method.__name__).remote(*args) for worker in self.workers])
 
+    def peak_memory(self) -> list[tuple[int, int | None]]:
+        """By rank; see verl/workers/memory.py."""
+        return self.on_all(ModelWorker.peak_memory)
+
     def shards_of_mini_batches(self, batch: DataProto, num_mini_batches: int) -> list[DataProto]:
         """Each rank's rows, mini-batch after mini-batch. The batch is cut into consecutive mini-batches first and each
         of those among the ranks, so that what a mini-batch is made of does not depend on the number of ranks."""

@@ -57,6 +57,7 @@ def make_plan(config: Config) -> Plan:
     data, model = config.data, config.worker.actor.model
     vision = VisionProcessor(model.model_path, data.min_pixels, data.max_pixels, model.trust_remote_code)
     check_sight(config, requirements, vision)
+    check_companions(config, requirements, vision)
     collator = PromptCollator(vision.special.pad)
     train, val, total_steps = None, None, 0
     if not config.trainer.val_only:
@@ -97,6 +98,32 @@ def check_sight(config: Config, requirements: Requirements, vision: VisionProces
         )
     if config.worker.actor.model.freeze_vision_tower:
         raise ValueError(f"worker.actor.model.freeze_vision_tower=true: {reads}; leave it out")
+
+
+def check_companions(config: Config, requirements: Requirements, vision: VisionProcessor) -> None:
+    """Raise ValueError where the reference or the critic is a model that would read the actor's tokens or images as
+    something else."""
+    roles = {"ref": requirements.reference, "critic": requirements.critic}
+    for role in (role for role, used in roles.items() if used):
+        path = getattr(config.worker, role).model_path
+        if path is None:
+            continue
+        own = VisionProcessor(
+            path, config.data.min_pixels, config.data.max_pixels, config.worker.actor.model.trust_remote_code
+        )
+        differs = {
+            "model type": own.family != vision.family,
+            "vocabulary": own.tokenizer.get_vocab() != vision.tokenizer.get_vocab(),
+            "image token": own.special.banned != vision.special.banned,
+            "image processing": vision.family.has_vision
+            and own.family.has_vision
+            and own.image_processor.to_dict() != vision.image_processor.to_dict(),
+        }
+        for what in (what for what, differ in differs.items() if differ):
+            raise ValueError(
+                f"worker.{role}.model_path='{path}': its {what} is not that of worker.actor.model.model_path, whose "
+                "tokens and images it would read; choose a model of the same kind"
+            )
 
 
 def make_paths_absolute(config: Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import ray
@@ -25,6 +26,7 @@ from verl.workers.actor.optim import build_optimizer, build_schedule
 from verl.workers.critic.dp_critic import DataParallelCritic
 from verl.workers.fsdp.export import save_huggingface
 from verl.workers.fsdp.wrap import build_sharded, whole
+from verl.workers.memory import naming_keys, peak_memory
 from verl.workers.rollout.weight_sync import CARRIERS, BucketLayout, plan_buckets
 
 
@@ -64,6 +66,15 @@ class ModelWorker:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def peak_memory(self) -> tuple[int, int | None]:
+        """See verl/workers/memory.py."""
+        return peak_memory(self.device)
+
+    def settings(self, *keys: str) -> dict[str, object]:
+        """What decides on the memory of a pass, by config key: `keys`, and what all passes share."""
+        shared = ("data.max_prompt_length", "data.max_response_length", "worker.rollout.gpu_memory_utilization")
+        return {key: attrgetter(key)(self.config) for key in (*keys, *shared)}
+
 
 class PolicyWorker(ModelWorker):
     """A rank of a policy."""
@@ -77,9 +88,10 @@ class PolicyWorker(ModelWorker):
     def compute_log_probs(self, batch: DataProto, view: str) -> DataProto:
         """`log_probs` [B, R] of this rank's rows under `view`, without gradient."""
         size = self.config.worker.actor.micro_batch_size_per_device_for_experience
-        log_probs = compute_log_probs(
-            self.policy, batch, view, self.config.worker.rollout.temperature, size, self.device
-        )
+        temperature = self.config.worker.rollout.temperature
+        keys = ("worker.actor.micro_batch_size_per_device_for_experience", "worker.actor.logits_chunk_size")
+        with naming_keys("the log-probs", self.settings(*keys)):
+            log_probs = compute_log_probs(self.policy, batch, view, temperature, size, self.device)
         self.free_cache()
         return DataProto.from_dict({"log_probs": log_probs})
 
@@ -114,13 +126,16 @@ class CriticWorker(ModelWorker):
 
     def compute_values(self, batch: DataProto) -> DataProto:
         """`values` [B, R] of this rank's rows, without gradient."""
-        values = self.critic.compute_values(batch)
+        with naming_keys("the values", self.settings("worker.critic.micro_batch_size_per_device_for_experience")):
+            values = self.critic.compute_values(batch)
         self.free_cache()
         return DataProto.from_dict({"values": values})
 
     def update_critic(self, batch: DataProto, num_mini_batches: int) -> MetricBag:
         """All updates of one step on this rank's rows; returns its metrics."""
-        metrics = self.critic.update_critic(batch, num_mini_batches)
+        keys = ("micro_batch_size_per_device_for_update", "enable_gradient_checkpointing", "fsdp.reshard_after_forward")
+        with naming_keys("the critic's update", self.settings(*(f"worker.critic.{key}" for key in keys))):
+            metrics = self.critic.update_critic(batch, num_mini_batches)
         self.free_cache()
         return metrics
 
@@ -155,7 +170,14 @@ class ActorWorker(PolicyWorker):
     ) -> MetricBag:
         """All updates of one step on this rank's rows; returns its metrics."""
         temperature = self.config.worker.rollout.temperature
-        return self.actor.update_policy(batch, num_mini_batches, temperature, step, total_steps, scale)
+        keys = (
+            "micro_batch_size_per_device_for_update",
+            "logits_chunk_size",
+            "model.enable_gradient_checkpointing",
+            "fsdp.reshard_after_forward",
+        )
+        with naming_keys("the policy's update", self.settings(*(f"worker.actor.{key}" for key in keys))):
+            return self.actor.update_policy(batch, num_mini_batches, temperature, step, total_steps, scale)
 
     def send_through(self, carrier: str) -> tuple[str, int] | None:
         """Prepare a carrier; where sender and receivers must meet, returns (host, port) on the sending rank."""
