@@ -191,7 +191,7 @@ def test_a_mistyped_template_is_named():
 
 
 def test_a_loss_term_in_a_users_file_is_ten_lines(tmp_path, monkeypatch):
-    """The README's example, as it stands there."""
+    """The example of configs/README.md, as it stands there."""
     source = readme_term()
     (tmp_path / "my_terms.py").write_text(source)
     monkeypatch.setenv("VERL_PLUGINS", str(tmp_path / "my_terms.py"))

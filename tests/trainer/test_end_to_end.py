@@ -153,7 +153,7 @@ def test_mistyped_paths_stop_the_command_at_once_with_one_clear_line(assets, tmp
 
 
 def test_a_detached_view_no_reference_one_rank_and_a_term_from_a_users_file(assets, tmp_path):
-    """The other way through the passes, with the README's own loss term."""
+    """The other way through the passes, with the loss term of configs/README.md."""
     (tmp_path / "my_terms.py").write_text(readme_term())
     overrides = ["algorithm.views.masked.grad=false", "~term@algorithm.terms.ref_kl", "trainer.n_gpus_per_node=1"]
     overrides += ["+term@algorithm.terms.confident=confidence", "algorithm.terms.confident.coef=0.1"]
