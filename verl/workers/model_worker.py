@@ -23,11 +23,10 @@ from verl.models.policy import PolicyModel
 from verl.models.value import ValueModel
 from verl.protocol import DataProto
 from verl.utils.process import prepare_gloo, start_model_worker
-from verl.utils.rng import rng_state
 from verl.workers.actor.dp_actor import DataParallelActor, compute_log_probs
 from verl.workers.actor.optim import build_optimizer, build_schedule
 from verl.workers.critic.dp_critic import DataParallelCritic
-from verl.workers.fsdp.checkpoint import StateWriter, counts, load_state, model_tensors, optimizer_tensors
+from verl.workers.fsdp.checkpoint import StateWriter, load_state, model_tensors, optimizer_tensors, plain_state
 from verl.workers.fsdp.export import save_description, save_huggingface
 from verl.workers.fsdp.wrap import build_sharded, whole
 from verl.workers.guarded_step import GuardedStep
@@ -78,10 +77,9 @@ class ModelWorker:
         written from a copy while training goes on."""
         step = self.training()
         tensors = model_tensors(step.model) | (optimizer_tensors(step) if optimizer else {})
-        plain = {**counts(step), "rng": rng_state()}
         if self.writer is None:
             self.writer = StateWriter()
-        self.writer.start(folder, tensors, plain, self.describe, background)
+        self.writer.start(folder, tensors, plain_state(step), self.describe, background)
 
     def save_is_done(self) -> bool:
         return self.writer is None or self.writer.done()
