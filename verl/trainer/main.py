@@ -12,6 +12,7 @@ import sys
 
 from omegaconf import OmegaConf
 
+from verl.checkpoint.tensors import SaveFailed
 from verl.config.compose import CONFIG_DIR, compose_config, presets
 from verl.config.config import Config
 from verl.config.legacy import MARK, compose_legacy, translate_overrides
@@ -19,6 +20,7 @@ from verl.single_controller.preflight import ClusterError
 from verl.trainer.dry_run import dry_run, in_small
 from verl.trainer.plan import make_plan
 from verl.trainer.ray_trainer import RayTrainer
+from verl.trainer.resume import ResumeError
 from verl.utils.process import LOG_FORMAT, quiet_libraries
 from verl.workers.memory import OutOfDeviceMemory
 
@@ -43,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     try:
         lines = describe(trainer.fit(), trainer.run_dir.path) if trainer else dry_run(plan)
-    except (ClusterError, ConnectionError, OutOfDeviceMemory) as error:
+    except (ClusterError, ConnectionError, OutOfDeviceMemory, ResumeError, SaveFailed) as error:
         sys.exit(f"error: {getattr(error, 'cause', error)}")  # the cause: without Ray's account of its calls
     for line in lines:
         logger.info(line)
@@ -92,7 +94,8 @@ def describe(summary: dict[str, float], run_dir: str) -> list[str]:
     for name, form in (("val_accuracy", ".1%"), ("val_reward", ".4f")):  # of a run that only validates
         if name in summary:
             lines.append(f"{name.replace('val_', 'validation ')}: {summary[name]:{form}}")
-    names = ("summary.json", "curves.png", "metrics.jsonl", "samples.jsonl", "events.jsonl", "config.yaml", "model")
+    names = ("summary.json", "curves.png", "metrics.jsonl", "samples.jsonl", "events.jsonl", "config.yaml")
+    names += ("model", "checkpoints")
     found = [os.path.relpath(os.path.join(run_dir, n)) for n in names if os.path.exists(os.path.join(run_dir, n))]
     return [*lines, *(f"  {path}" for path in found)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -12,6 +13,8 @@ import torch.distributed as dist
 
 from verl.algorithms.losses.compose import build_terms
 from verl.algorithms.requirements import requirements_of
+from verl.checkpoint.files import FileEntry
+from verl.checkpoint.tensors import SaveFailed
 from verl.config.config import Config
 from verl.config.worker import FSDPConfig, ModelConfig
 from verl.data.vision import load_special_tokens
@@ -24,8 +27,10 @@ from verl.utils.process import prepare_gloo, start_model_worker
 from verl.workers.actor.dp_actor import DataParallelActor, compute_log_probs
 from verl.workers.actor.optim import build_optimizer, build_schedule
 from verl.workers.critic.dp_critic import DataParallelCritic
-from verl.workers.fsdp.export import save_huggingface
+from verl.workers.fsdp.checkpoint import StateWriter, load_state, model_tensors, optimizer_tensors, plain_state
+from verl.workers.fsdp.export import save_description, save_huggingface
 from verl.workers.fsdp.wrap import build_sharded, whole
+from verl.workers.guarded_step import GuardedStep
 from verl.workers.memory import naming_keys, peak_memory
 from verl.workers.rollout.weight_sync import CARRIERS, BucketLayout, plan_buckets
 
@@ -38,6 +43,7 @@ class ModelWorker:
         self.config = config
         self.rank = rank
         self.world_size = world_size
+        self.writer: StateWriter | None = None
         self.device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
         if device_type == "cuda":
             torch.cuda.set_device(self.device)
@@ -60,6 +66,36 @@ class ModelWorker:
         prepare_gloo(host)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world_size)
+
+    def training(self) -> GuardedStep:
+        """The model that this worker trains, with its optimizer and schedule."""
+        raise NotImplementedError(f"{type(self).__name__} trains nothing")
+
+    def describe(self, folder: str) -> None:
+        """Write what a role's folder of a checkpoint holds besides its tensors."""
+
+    def start_save(self, folder: str, optimizer: bool, background: bool) -> None:
+        """Begin to write this rank's part of a checkpoint; all ranks call this together. In the background it is
+        written from a copy while training goes on."""
+        step = self.training()
+        tensors = model_tensors(step.model) | (optimizer_tensors(step) if optimizer else {})
+        if self.writer is None:
+            self.writer = StateWriter()
+        self.writer.start(folder, tensors, plain_state(step), self.describe, background)
+
+    def save_is_done(self) -> bool:
+        return self.writer is None or self.writer.done()
+
+    def finish_save(self) -> dict[str, FileEntry] | str:
+        """Wait for the end of a save; returns this rank's files in the role's folder, or why there are none."""
+        try:
+            return self.writer.finish()
+        except (SaveFailed, OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+            return str(error)
+
+    def load_state(self, folder: str) -> None:
+        """Go on from a checkpoint's folder of this role; all ranks call this together."""
+        load_state(folder, self.training(), self.rank)
 
     def free_cache(self) -> None:
         """Give what a pass has left over back to the GPU, which other workers share."""
@@ -124,6 +160,9 @@ class CriticWorker(ModelWorker):
         longest = self.config.data.max_response_length
         self.critic = DataParallelCritic(values, optimizer, schedule, critic, longest, self.device)
 
+    def training(self) -> GuardedStep:
+        return self.critic.step
+
     def compute_values(self, batch: DataProto) -> DataProto:
         """`values` [B, R] of this rank's rows, without gradient."""
         with naming_keys("the values", self.settings("worker.critic.micro_batch_size_per_device_for_experience")):
@@ -164,6 +203,12 @@ class ActorWorker(PolicyWorker):
             device=self.device,
         )
         return sum(p.numel() for p in self.policy.parameters())
+
+    def training(self) -> GuardedStep:
+        return self.actor.step
+
+    def describe(self, folder: str) -> None:
+        save_description(self.policy, self.config.worker.actor.model, os.path.join(folder, "huggingface"))
 
     def update_policy(
         self, batch: DataProto, num_mini_batches: int, step: int, total_steps: int, scale: float
