@@ -1,0 +1,160 @@
+"""Low-rank adapters: what is trained, what engines and folders get, and the reference that is the model without them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from tests.fakes.actors import build_actor, on_ranks, process_group, weights
+from tests.fakes.families import VISION
+from tests.fakes.rollouts import make_batch
+from tests.workers.test_dp_actor import assert_same, definition
+from verl.algorithms.losses.entropy import EntropyTermConfig
+from verl.config.worker import LoRAConfig, ModelConfig
+from verl.data.vision import load_special_tokens
+from verl.models.loading import load_model, outline
+from verl.models.lora import adapter_off, adapter_parameters, find_targets, is_adapter
+from verl.workers.actor.dp_actor import compute_log_probs
+from verl.workers.fsdp.export import plain_weights, save_huggingface
+
+LORA = LoRAConfig(rank=4, alpha=8)
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen2")  # head of its own, tied with deepstack, tied without images
+LANGUAGE = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def read(folder, model_type: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    auto = AutoModelForImageTextToText if model_type in VISION else AutoModelForCausalLM
+    return auto.from_pretrained(folder, dtype=dtype)
+
+
+def with_adapter(folder, saved, model_type: str) -> torch.nn.Module:
+    """The untouched model in float64 with the saved adapter, as peft loads it."""
+    return PeftModel.from_pretrained(read(folder, model_type), saved / "adapter", is_trainable=True).double()
+
+
+def log_probs(actor, batch) -> torch.Tensor:
+    return compute_log_probs(actor.policy, batch, "", 1.0, 100, actor.device)
+
+
+def reference(actor, batch) -> torch.Tensor:
+    with adapter_off(actor.policy.inner):
+        return log_probs(actor, batch)
+
+
+def plain_log_probs(plain, model, batch, row: int) -> torch.Tensor:
+    """Log-probs of one response by a Hugging Face model on this row alone."""
+    ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+    inputs = {name: value for name, value in batch["mm_inputs"][row].items() if name != "image_ids"}
+    if inputs:
+        inputs["mm_token_type_ids"] = (ids == plain.config.image_token_id).int()[None]
+    logits = plain(input_ids=ids[None], **inputs).logits[0, :-1].clone()
+    logits[:, list(load_special_tokens(str(model)).banned)] = float("-inf")
+    length = int(batch["response_mask"][row].sum())
+    return torch.log_softmax(logits, -1).gather(-1, ids[1:, None])[-length:, 0]
+
+
+TERMS = {"entropy": EntropyTermConfig(coef=1.0)}  # -log π, averaged over tokens
+
+
+def _train_on_rank(rank, folders, saved):
+    """Two updates of one of two ranks, what is saved and sent then, and the gradient of a third update."""
+    found = {}
+    for model_type, folder in folders.items():
+        # Both ranks' first mini-batches, then their second; the first rank has no image in either.
+        batch = make_batch(folder).chunk(2)[rank]
+        actor = build_actor(folder / "model", terms=TERMS, live=False, lr=0.3, lora=LORA)
+        start, start_reference = log_probs(actor, batch), reference(actor, batch)
+        initial = weights(actor)
+        actor.update_policy(batch, 2, temperature=1.0)
+        result = {"start": start, "start_reference": start_reference, "initial": initial, "moved": weights(actor)}
+        result |= {"trained": log_probs(actor, batch), "reference": reference(actor, batch)}
+        result["sent"] = {name: weight.whole() for name, weight in plain_weights(actor.policy.inner).items()}
+        save_huggingface(actor.policy, ModelConfig(str(folder / "model")), str(saved / model_type))
+        actor.update_policy(batch, 1, temperature=1.0)
+        after = weights(actor)
+        result["gradient"] = {name: (result["moved"][name] - after[name]) / 0.3 for name in after}
+        found[model_type] = result
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(families, tmp_path_factory):
+    """(folder of what was saved, results by rank)."""
+    saved = tmp_path_factory.mktemp("saved")
+    return saved, on_ranks(2, _train_on_rank, {name: families[name] for name in FAMILIES}, saved)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_two_ranks_move_adapters_alone_and_alike(trained, families, model_type):
+    _, ranks = trained
+    untouched = read(families[model_type] / "model", model_type, torch.float32).state_dict()
+    for result in (rank[model_type] for rank in ranks):
+        for name, weight in result["moved"].items():
+            assert torch.equal(weight, ranks[0][model_type]["moved"][name])
+            if is_adapter(name):
+                assert not torch.equal(weight, result["initial"][name])
+            else:
+                assert torch.equal(weight, untouched[name.replace(".base_layer.", ".")])
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_gradient_is_that_of_the_plain_peft_model(trained, families, model_type):
+    saved, ranks = trained
+    folder = families[model_type]
+    batch, plain = make_batch(folder), with_adapter(folder / "model", saved / model_type, model_type)
+    losses = [-plain_log_probs(plain, folder / "model", batch, row) for row in range(len(batch))]
+    torch.cat(losses).mean().backward()
+    expected = {n.removeprefix("base_model.model."): p.grad for n, p in plain.named_parameters() if is_adapter(n)}
+    assert len(expected) == 2 * 7 * 3 and all(gradient.abs().max() > 0 for gradient in expected.values())
+    for rank in ranks:
+        assert_same(rank[model_type]["gradient"], expected, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_reference_is_the_policy_at_the_start_and_the_original_model_ever_after(trained, families, model_type):
+    _, ranks = trained
+    folder = families[model_type]
+    for rank, result in enumerate(r[model_type] for r in ranks):
+        assert torch.equal(result["start"], result["start_reference"])
+        assert torch.equal(result["reference"], result["start"])
+        assert (result["trained"] - result["start"]).abs().max() > 0.1
+        with process_group():
+            original = build_actor(folder / "model")
+            expected = log_probs(original, make_batch(folder).chunk(2)[rank])
+        torch.testing.assert_close(result["reference"], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_is_sent_and_saved_is_what_peft_merges(trained, families, model_type):
+    saved, ranks = trained
+    folder = families[model_type]
+    plain = read(folder / "model", model_type)
+    shapes = {name: weight.shape for name, weight in plain.state_dict().items()}
+    merged = with_adapter(folder / "model", saved / model_type, model_type).merge_and_unload().state_dict()
+    again = read(saved / model_type, model_type, torch.float32).state_dict()
+    assert again.keys() == merged.keys()
+    for rank in ranks:
+        sent = rank[model_type]["sent"]
+        assert {name: weight.shape for name, weight in sent.items()} == shapes and list(sent) == list(shapes)
+        for name, weight in merged.items():
+            torch.testing.assert_close(sent[name].double(), weight, atol=1e-6, rtol=0)
+            assert torch.equal(again[name], sent[name])
+    moved = {name for name, weight in merged.items() if (weight != plain.state_dict()[name]).any()}
+    assert {name.split(".")[-2] for name in moved} == LANGUAGE and not any("visual" in name for name in moved)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_both_saved_forms_have_the_trainers_log_probs(trained, families, model_type):
+    saved, ranks = trained
+    folder = families[model_type]
+    batch = make_batch(folder)
+    found = torch.cat([rank[model_type]["trained"] for rank in ranks])
+    for plain in (
+        read(saved / model_type, model_type, torch.float32),
+        with_adapter(folder / "model", saved / model_type, model_type).float(),
+    ):
+        for row in (0, 4, 7):
+            expected = plain_log_probs(plain, folder / "model", batch, row)
+            torch.testing.assert_close(found[row, : len(expected)], expected, atol=1e-5, rtol=0)
