@@ -87,6 +87,20 @@ def check_model(case: Case) -> Iterator[Finding]:
         )
     if ref.model_path and case.requirements.reference:
         yield from _check_folder(case, ref.model_path)
+    if model.lora.rank:
+        yield _check_adapter(case)
+
+
+def _check_adapter(case: Case) -> Finding:
+    from papo.doctor.memory import billions
+    from papo.doctor.shape import shape_of
+
+    lora = case.config.worker.actor.model.lora
+    try:
+        trained = shape_of(case.hf_config, lora).adapter
+    except ValueError as reason:
+        return error("adapter", str(reason))
+    return ok("adapter", f"LoRA of rank {lora.rank}: {billions(trained)} parameters to train")
 
 
 def _check_folder(case: Case, path: str) -> Iterator[Finding]:

@@ -182,7 +182,7 @@ def test_lora_trains_beside_a_reference_that_is_the_actor_without_its_adapter(as
     lora = ["worker.actor.model.lora.rank=4", "worker.actor.optim.lr=0.01", "worker.actor.optim.lr_warmup_steps=0"]
     done = start(assets, tmp_path / "out", *lora, "trainer.val_freq=0")
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "LoRA of rank 4 on 28 linear layers" in done.stderr
+    assert "LoRA of rank 4 on 28 linear layers of the language model" in done.stderr
     assert "reference log-probs (the actor without its adapter)" in done.stderr
     _, first, second, *_ = records(tmp_path / "out" / "metrics.jsonl")
     assert first["timing_s/ref_log_probs"] > 0 and second["actor/ref_kl"] > 10 * first["actor/ref_kl"] > 0

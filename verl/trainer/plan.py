@@ -108,7 +108,9 @@ def check_adapter(config: Config, vision: VisionProcessor) -> None:
     if lora.rank and not config.trainer.val_only:
         inner = outline(vision.config)
         layers, trained = len(find_targets(inner, lora)), adapter_parameters(inner, lora)
-        logger.info("LoRA of rank %d on %d linear layers: %.2fM parameters to train", lora.rank, layers, trained / 1e6)
+        where = "both towers" if lora.vision_tower else "the language model"
+        text = "LoRA of rank %d on %d linear layers of %s: %.2fM parameters to train"
+        logger.info(text, lora.rank, layers, where, trained / 1e6)
 
 
 def make_paths_absolute(config: Config) -> None:
