@@ -87,20 +87,22 @@ def check_model(case: Case) -> Iterator[Finding]:
         )
     if ref.model_path and case.requirements.reference:
         yield from _check_folder(case, ref.model_path)
-    if model.lora.rank:
-        yield _check_adapter(case)
 
 
-def _check_adapter(case: Case) -> Finding:
+def check_adapter(case: Case) -> Iterator[Finding]:
+    """The layers that LoRA names are there."""
     from papo.doctor.memory import billions
     from papo.doctor.shape import shape_of
 
     lora = case.config.worker.actor.model.lora
+    if not lora.rank or case.config.trainer.val_only:
+        return
+    hf_config = case.hf_config
     try:
-        trained = shape_of(case.hf_config, lora).adapter
+        trained = shape_of(hf_config, lora).adapter
+        yield ok("adapter", f"LoRA of rank {lora.rank}: {billions(trained)} parameters to train")
     except ValueError as reason:
-        return error("adapter", str(reason))
-    return ok("adapter", f"LoRA of rank {lora.rank}: {billions(trained)} parameters to train")
+        yield error("adapter", str(reason))
 
 
 def _check_folder(case: Case, path: str) -> Iterator[Finding]:

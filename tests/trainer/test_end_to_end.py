@@ -142,6 +142,7 @@ def test_the_same_seed_gives_the_same_numbers_and_an_earlier_run_is_kept(finishe
         ("worker.reward.reward_function=examples/nowhere.py:score", "examples/nowhere.py"),
         ("data.format_prompt=examples/nowhere.jinja", "examples/nowhere.jinja"),
         ("data.rollout_batch_size=5", "worker.actor.global_batch_size"),
+        ("worker.actor.model.lora={rank: 1, target_modules: [c_attn]}", "'c_attn' matches no linear layer"),
     ],
 )
 def test_mistyped_paths_stop_the_command_at_once_with_one_clear_line(assets, tmp_path, override, named):
@@ -182,7 +183,7 @@ def test_lora_trains_beside_a_reference_that_is_the_actor_without_its_adapter(as
     lora = ["worker.actor.model.lora.rank=4", "worker.actor.optim.lr=0.01", "worker.actor.optim.lr_warmup_steps=0"]
     done = start(assets, tmp_path / "out", *lora, "trainer.val_freq=0")
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "LoRA of rank 4 on 28 linear layers of the language model" in done.stderr
+    assert "LoRA of rank 4 on 21 linear layers of the language model" in done.stderr
     assert "reference log-probs (the actor without its adapter)" in done.stderr
     _, first, second, *_ = records(tmp_path / "out" / "metrics.jsonl")
     assert first["timing_s/ref_log_probs"] > 0 and second["actor/ref_kl"] > 10 * first["actor/ref_kl"] > 0
