@@ -138,9 +138,9 @@ def test_unknown_presets_and_missing_values_are_named():
         (["worker.actor.micro_batch_size_per_device_for_update=0"], "for_update=0: a value above 0"),
         (["worker.actor.model.lora.rank=-1"], "lora.rank=-1: 1 or more, or 0"),
         (["worker.actor.model.lora.alpha=0"], "lora.alpha=0: a value above 0"),
-        (["worker.actor.model.lora.target_modules=[]"], "lora.target_modules=.*all-linear, a list of names, or one"),
+        (["worker.actor.model.lora.target_modules=[]"], "lora.target_modules=.*all-linear, or a list of names"),
         (["worker.actor.model.lora.target_modules=[q_proj,3]"], r"lora.target_modules=\['q_proj', 3\]: all-linear"),
-        (["worker.actor.model.lora.target_modules='*_proj'"], r"target_modules='\*_proj' is no regular expression"),
+        (["worker.actor.model.lora.target_modules='*_proj'"], r"target_modules: '\*_proj' is no regular expression"),
         (
             ["worker.actor.model.lora.vision_tower=true", "worker.actor.model.freeze_vision_tower=true"],
             "lora.vision_tower=true trains what worker.actor.model.freeze_vision_tower=true freezes",

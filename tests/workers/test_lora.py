@@ -252,6 +252,7 @@ def test_all_linear_layers_are_those_of_the_language_model(families, model_type)
     # Names that both towers have mean the language model's, and an expression can say which of them.
     by_name = find_targets(inner, LoRAConfig(rank=1, target_modules=["gate_proj", "self_attn.v_proj"]))
     assert {name.rpartition(".")[2] for name in by_name} == {"gate_proj", "v_proj"} and len(by_name) == 6
+    assert find_targets(inner, LoRAConfig(rank=1, target_modules="o_proj")) == [n for n in found if "o_proj" in n]
     second = find_targets(inner, LoRAConfig(rank=1, target_modules=r".*\.layers\.1\..*_proj"))
     assert len(second) == 7 and all(".layers.1." in name for name in second)
 

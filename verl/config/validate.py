@@ -139,14 +139,14 @@ def _check_lora(config: Config) -> None:
         raise ValueError(f"{key}.rank={lora.rank}: 1 or more, or 0 to train all weights")
     if lora.alpha <= 0:
         raise ValueError(f"{key}.alpha={lora.alpha}: a value above 0 is needed")
-    named = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
-    if not targets or not (named or isinstance(targets, str)):
-        raise ValueError(f"{key}.target_modules={targets}: all-linear, a list of names, or one regular expression")
-    if isinstance(targets, str):
+    names = [targets] if isinstance(targets, str) else targets
+    if not (names and isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{key}.target_modules={targets}: all-linear, or a list of names of linear layers")
+    for name in names:
         try:
-            re.compile(targets)
+            re.compile(name)
         except re.error as error:
-            raise ValueError(f"{key}.target_modules='{targets}' is no regular expression: {error}") from error
+            raise ValueError(f"{key}.target_modules: '{name}' is no regular expression: {error}") from error
     if lora.vision_tower and model.freeze_vision_tower:
         raise ValueError(f"{key}.vision_tower=true trains what worker.actor.model.freeze_vision_tower=true freezes")
 

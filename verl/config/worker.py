@@ -30,9 +30,9 @@ class ComputeDtype(StrEnum):
 class LoRAConfig:
     """Low-rank adapters (arXiv 2106.09685): W + alpha / rank * B A with W frozen. `rank` 0 trains all weights instead.
 
-    `target_modules`: all-linear, a list of names of linear layers, or one regular expression over their full names;
-    of the language model alone, with `vision_tower` also of that, and never the head. There is no dropout: it would
-    make the policy that is updated another one than the policy that answered.
+    `target_modules`: all-linear, or one or a list of names or regular expressions, which a linear layer's full name
+    ends with; of the language model alone, with `vision_tower` also of that, and never the head. There is no dropout:
+    it would make the policy that is updated another one than the policy that answered.
     """
 
     rank: int = 0

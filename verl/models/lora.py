@@ -25,14 +25,13 @@ def find_targets(inner: nn.Module, lora: LoRAConfig) -> list[str]:
     if lora.vision_tower and not any(name.startswith(VISION) for name in linear):
         raise ValueError(f"{KEY}.vision_tower=true: a {inner.config.model_type} model has none; leave it out")
     allowed = [name for name in linear if lora.vision_tower or not name.startswith(VISION)]
-    wanted = lora.target_modules
-    if wanted == ALL_LINEAR:
+    if lora.target_modules == ALL_LINEAR:
         return allowed
-    patterns = {wanted: wanted} if isinstance(wanted, str) else {t: rf"(.*\.)?{re.escape(t)}" for t in wanted}
-    for target, pattern in patterns.items():
-        if any(re.fullmatch(pattern, name) for name in allowed):
+    targets = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
+    for target in targets:
+        if any(_names(target, name) for name in allowed):
             continue
-        vision = next((name for name in linear if re.fullmatch(pattern, name)), None)
+        vision = next((name for name in linear if _names(target, name)), None)
         if vision:
             raise ValueError(
                 f"{KEY}.target_modules: '{target}' is in the vision tower alone ({vision}); to train adapters there "
@@ -40,7 +39,11 @@ def find_targets(inner: nn.Module, lora: LoRAConfig) -> list[str]:
             )
         there = ", ".join(sorted({name.rpartition(".")[2] for name in allowed}))
         raise ValueError(f"{KEY}.target_modules: '{target}' matches no linear layer; there are {there}")
-    return [name for name in allowed if any(re.fullmatch(pattern, name) for pattern in patterns.values())]
+    return [name for name in allowed if any(_names(target, name) for target in targets)]
+
+
+def _names(target: str, layer: str) -> bool:
+    return re.fullmatch(rf"(.*\.)?({target})", layer) is not None
 
 
 def adapter_parameters(inner: nn.Module, lora: LoRAConfig) -> int:
