@@ -174,7 +174,7 @@ def one_rank():
 def test_the_gradient_of_papos_objective_through_a_live_view_and_checkpoints(assets, one_rank, tmp_path):
     """All of it, with the embeddings and the vision tower, which come first, frozen."""
     model, batch = assets / "model", make_batch(assets)
-    actor = build_actor(model, lora=LORA, enable_gradient_checkpointing=True)
+    actor = build_actor(model, lora=LORA, enable_gradient_checkpointing=True, freeze_vision_tower=True)
     actor.update_policy(batch, 1, temperature=1.0)
     save_huggingface(actor.policy, ModelConfig(str(model)), str(tmp_path / "saved"))
     before = weights(actor)
