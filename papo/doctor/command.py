@@ -37,7 +37,7 @@ MACHINE = (
 )
 RUN = (
     ("run", ("run:check_config", "run:check_devices", "run:check_reward")),
-    ("model and data", ("run:check_model", "run:check_output", "run:check_data")),
+    ("model and data", ("run:check_model", "run:check_adapter", "run:check_output", "run:check_data")),
     ("memory", ("fit:check_memory_fit", "fit:check_images_of_step")),
 )
 

@@ -13,6 +13,7 @@ from verl.config.config import Config
 from verl.config.legacy import compose_legacy, translate, translate_overrides
 from verl.config.legacy_rule import same
 from verl.config.legacy_table import RULES, register_rules
+from verl.config.worker import LoRAConfig
 from verl.trainer.main import compose, parse
 
 pytestmark = pytest.mark.usefixtures("in_repository")
@@ -35,7 +36,6 @@ REFUSED = {
     "worker.actor.ulysses_size=2": "worker.actor.ulysses_size=2",
     "worker.actor.loss_type=sapo": "worker.actor.loss_type=sapo",
     "worker.actor.optim.lr_warmup_ratio=0.1": "lr_warmup_ratio=0.1.*lr_warmup_steps",
-    "worker.actor.model.lora.rank=64": "worker.actor.model.lora.rank=64",
     "worker.actor.fsdp.mp_param_dtype=fp16": "worker.actor.fsdp.mp_param_dtype=fp16",
     "worker.rollout.val_override_config.max_tokens=9": "val_override_config.max_tokens=9",
     "worker.reward.reward_type=sequential": "worker.reward.reward_type=sequential.*list",
@@ -127,6 +127,16 @@ def test_a_kl_in_the_reward_and_a_critic():
     assert "ref_kl" not in config.algorithm.terms
     assert (config.algorithm.adv_estimator, config.algorithm.lam, config.trainer.critic_warmup) == ("gae", 0.95, 3)
     assert (critic.optim.lr, critic.cliprange_value, critic.model_path) == (2e-6, 0.3, "c")
+
+
+def test_lora():
+    lora = "worker.actor.model.lora"
+    config = compose_legacy("examples/config.yaml", [f"{lora}.rank=64"])
+    assert config.worker.actor.model.lora == LoRAConfig(rank=64, alpha=16, target_modules="all-linear")
+    assert config.worker.actor_is_reference and "ref_kl" in config.algorithm.terms
+    names = [f"{lora}.rank=8", f"{lora}.alpha=32", f'{lora}.target_modules="q_proj, v_proj"']
+    config = compose_legacy("examples/config.yaml", names)
+    assert config.worker.actor.model.lora == LoRAConfig(rank=8, alpha=32, target_modules=["q_proj", "v_proj"])
 
 
 def test_old_files_take_new_keys_and_hydras_own():

@@ -110,6 +110,7 @@ def test_the_same_seed_gives_the_same_numbers_and_an_earlier_run_is_kept(finishe
         ("worker.reward.reward_function=examples/nowhere.py:score", "examples/nowhere.py"),
         ("data.format_prompt=examples/nowhere.jinja", "examples/nowhere.jinja"),
         ("data.rollout_batch_size=5", "worker.actor.global_batch_size"),
+        ("worker.actor.model.lora={rank: 1, target_modules: [c_attn]}", "'c_attn' matches no linear layer"),
     ],
 )
 def test_mistyped_paths_stop_the_command_at_once_with_one_clear_line(assets, tmp_path, override, named):
@@ -141,6 +142,31 @@ def test_a_detached_view_no_reference_one_rank_and_a_term_from_a_users_file(asse
     assert "loss term 'masked_entropy' has coefficient 0.01 and can give no gradient" in done.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert set(summary) == {"steps", "seconds", "seed"} and not (tmp_path / "out" / "model").exists()
+
+
+def test_lora_trains_beside_a_reference_that_is_the_actor_without_its_adapter(assets, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    lora = ["worker.actor.model.lora.rank=4", "worker.actor.optim.lr=0.01", "worker.actor.optim.lr_warmup_steps=0"]
+    one_update = "worker.actor.global_batch_size=4"  # so that in the first step nothing has moved yet
+    done = start(assets, tmp_path / "out", *lora, one_update, "trainer.val_freq=0")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "LoRA of rank 4 on 21 linear layers of the language model" in done.stderr
+    assert "reference log-probs (the actor without its adapter)" in done.stderr
+    _, first, second, *_ = records(tmp_path / "out" / "metrics.jsonl")
+    assert first["timing_s/ref_log_probs"] > 0 and first["actor/ref_kl"] < 1e-9 and second["actor/ref_kl"] > 1e-4
+    for record in (first, second):  # the engine has merged weights, and the trainer adapters on top of them
+        assert record["rollout/log_prob_diff_max"] < 1e-4
+        assert record["actor/skipped_frac"] == 0 and record["actor/pull/masked_entropy"] > 0
+    saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "model")
+    plain = AutoModelForImageTextToText.from_pretrained(assets / "model")
+    untouched = {name: weight.clone() for name, weight in plain.state_dict().items()}
+    merged = PeftModel.from_pretrained(plain, tmp_path / "out" / "model" / "adapter").merge_and_unload().state_dict()
+    for name, weight in saved.state_dict().items():
+        torch.testing.assert_close(weight, merged[name], atol=1e-6, rtol=0)
+        language = name.endswith("_proj.weight") and "visual" not in name
+        assert torch.equal(weight, untouched[name]) != language, name
 
 
 @pytest.mark.vllm

@@ -12,6 +12,7 @@ from verl.config.legacy_rule import Changes, Old, Rule, choice, no_effect, only,
 
 FLOAT32 = "weights and optimizer states are float32 here, compute is bfloat16 on GPUs: more memory than with bf16"
 OFFLOAD = "nothing is moved to the CPU's memory in this version: it takes more of the GPU's"
+LORA = "worker.actor.model.lora"
 UNLIMITED = 1_000_000  # generations for a step; a run that needs so many never ends anyway
 
 
@@ -82,6 +83,11 @@ def _policy(old: Old) -> Changes:
     names = ["clip_ratio_low", "clip_ratio_high", *(["clip_ratio_dual"] if kind == "policy" else [])]
     clips = {f"algorithm.terms.policy.{name}": old[f"worker.actor.{name}"] for name in names}
     return {"/term@algorithm.terms.policy": kind, **clips}
+
+
+def _lora_targets(given: Any) -> Any:
+    """Upstream takes names with commas between them too."""
+    return [name.strip() for name in given.split(",")] if isinstance(given, str) and "," in given else given
 
 
 def _warmup(old: Old) -> Changes:
@@ -238,9 +244,10 @@ ACTOR = [
     # Upstream's default is true; code from the hub runs here only where somebody asks for it.
     same("worker.actor.model.trust_remote_code", False),
     same("worker.actor.model.freeze_vision_tower", False),
-    only("worker.actor.model.lora.rank", 0, (0,), "there is no LoRA in this version"),
-    no_effect("worker.actor.model.lora.alpha", 16, "rank 0 is no LoRA"),
-    no_effect("worker.actor.model.lora.target_modules", "all-linear", "rank 0 is no LoRA"),
+    same(f"{LORA}.rank", 0),
+    same(f"{LORA}.alpha", 16),
+    # Of the language model, as the run says at start; upstream's all-linear has the vision tower's layers as well.
+    renamed(f"{LORA}.target_modules", f"{LORA}.target_modules", "all-linear", _lora_targets),
     same("worker.actor.optim.lr", 1e-6),
     same("worker.actor.optim.betas", [0.9, 0.999]),
     same("worker.actor.optim.weight_decay", 1e-2),

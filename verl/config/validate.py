@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 
 from verl.config.algorithm import OldLogProbs, Truncation
@@ -53,6 +54,7 @@ def validate(config: Config) -> None:
     _check_positive(config, POSITIVE)
     _check_values(config)
     _check_rollout(config)
+    _check_lora(config)
     _check_algorithm(config)
     _check_files(config)
     compute_sizes(config)
@@ -148,6 +150,25 @@ def _check_rollout(config: Config) -> None:
             f"worker.rollout.max_model_len={rollout.max_model_len} is below data.max_prompt_length + "
             f"data.max_response_length = {longest}; raise it, or leave it out"
         )
+
+
+def _check_lora(config: Config) -> None:
+    model, key = config.worker.actor.model, "worker.actor.model.lora"
+    lora, targets = model.lora, model.lora.target_modules
+    if lora.rank < 0:
+        raise ValueError(f"{key}.rank={lora.rank}: 1 or more, or 0 to train all weights")
+    if lora.alpha <= 0:
+        raise ValueError(f"{key}.alpha={lora.alpha}: a value above 0 is needed")
+    names = [targets] if isinstance(targets, str) else targets
+    if not (names and isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{key}.target_modules={targets}: all-linear, or a list of names of linear layers")
+    for name in names:
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise ValueError(f"{key}.target_modules: '{name}' is no regular expression: {error}") from error
+    if lora.vision_tower and model.freeze_vision_tower:
+        raise ValueError(f"{key}.vision_tower=true trains what worker.actor.model.freeze_vision_tower=true freezes")
 
 
 def _check_algorithm(config: Config) -> None:

@@ -128,6 +128,10 @@ class ActorGroup(LogProbGroup):
         self.connect()
         return self.on_all(ActorWorker.build, total_updates)[0]
 
+    def compute_reference_log_probs(self, batch: DataProto) -> DataProto:
+        """`log_probs` [B, R] of all rows, in order, by the policy with its adapter switched off."""
+        return DataProto.concat(self.on_shards(ActorWorker.compute_reference_log_probs, batch.chunk(self.size)))
+
     def update_policy(
         self, batch: DataProto, num_mini_batches: int, step: int = 1, total_steps: int = 1, scale: float = 1.0
     ) -> MetricBag:

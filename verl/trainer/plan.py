@@ -18,6 +18,8 @@ from verl.data.collate import PromptCollator
 from verl.data.dataset import PromptDataset
 from verl.data.loader import train_loader, validation_loader
 from verl.data.vision import VisionProcessor
+from verl.models.loading import outline
+from verl.models.lora import adapter_parameters, find_targets
 from verl.single_controller.resources import Layout, plan_layout
 from verl.single_controller.rollout_group import choose_carrier
 from verl.tracking import check_trackers
@@ -58,6 +60,7 @@ def make_plan(config: Config) -> Plan:
     vision = VisionProcessor(model.model_path, data.min_pixels, data.max_pixels, model.trust_remote_code)
     check_sight(config, requirements, vision)
     check_companions(config, requirements, vision)
+    check_adapter(config, vision)
     collator = PromptCollator(vision.special.pad)
     train, val, total_steps = None, None, 0
     if not config.trainer.val_only:
@@ -126,6 +129,17 @@ def check_companions(config: Config, requirements: Requirements, vision: VisionP
             )
 
 
+def check_adapter(config: Config, vision: VisionProcessor) -> None:
+    """Say what LoRA trains; raise ValueError for targets that the model does not have."""
+    lora = config.worker.actor.model.lora
+    if lora.rank and not config.trainer.val_only:
+        inner = outline(vision.config)
+        layers, trained = len(find_targets(inner, lora)), adapter_parameters(inner, lora)
+        where = "both towers" if lora.vision_tower else "the language model"
+        text = "LoRA of rank %d on %d linear layers of %s: %.2fM parameters to train"
+        logger.info(text, lora.rank, layers, where, trained / 1e6)
+
+
 def make_paths_absolute(config: Config) -> None:
     """Replace relative paths that workers open: a worker may start in another folder than the driver."""
     worker = config.worker
@@ -174,7 +188,8 @@ def log_requirements(config: Config, requirements: Requirements) -> None:
     """Say which terms and passes a run has, and warn of every term that trains nothing."""
     logger.info("loss: %s", ", ".join(f"{n} ({t.kind}, coef {t.coef:g})" for n, t in config.algorithm.terms.items()))
     passes = ["old log-probs"] * recomputes_old(config, requirements, compute_sizes(config))
-    passes += ["reference log-probs"] * requirements.reference
+    kind = "reference log-probs" + " (the actor without its adapter)" * config.worker.actor_is_reference
+    passes += [kind] * requirements.reference
     passes += ["values"] * requirements.critic
     passes += [f"log-probs of view '{view}' (no gradient)" for view in requirements.stored_views]
     logger.info("passes before the updates: %s", ", ".join(passes) or "none")

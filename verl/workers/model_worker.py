@@ -16,20 +16,22 @@ from verl.algorithms.requirements import requirements_of
 from verl.checkpoint.files import FileEntry
 from verl.checkpoint.tensors import SaveFailed
 from verl.config.config import Config
-from verl.config.worker import FSDPConfig, ModelConfig
+from verl.config.worker import FSDPConfig, LoRAConfig, ModelConfig
 from verl.data.vision import load_special_tokens
 from verl.metrics.bag import MetricBag
 from verl.models.loading import resolve_dtype
+from verl.models.lora import adapter_off
 from verl.models.policy import PolicyModel
 from verl.models.value import ValueModel
 from verl.protocol import DataProto
 from verl.utils.process import prepare_gloo, start_model_worker
 from verl.workers.actor.dp_actor import DataParallelActor, compute_log_probs
+from verl.workers.actor.forward import ORIGINAL
 from verl.workers.actor.optim import build_optimizer, build_schedule
 from verl.workers.critic.dp_critic import DataParallelCritic
 from verl.workers.fsdp.checkpoint import StateWriter, load_state, model_tensors, optimizer_tensors, plain_state
-from verl.workers.fsdp.export import save_description, save_huggingface
-from verl.workers.fsdp.wrap import build_sharded, whole
+from verl.workers.fsdp.export import plain_weights, save_description, save_huggingface
+from verl.workers.fsdp.wrap import build_sharded
 from verl.workers.guarded_step import GuardedStep
 from verl.workers.memory import naming_keys, peak_memory
 from verl.workers.rollout.weight_sync import CARRIERS, BucketLayout, plan_buckets
@@ -138,7 +140,12 @@ class ReferenceWorker(PolicyWorker):
     def build(self) -> None:
         ref = self.config.worker.ref
         model = self.config.worker.actor.model
-        frozen = replace(model, model_path=ref.model_path or model.model_path, enable_gradient_checkpointing=False)
+        frozen = replace(
+            model,
+            model_path=ref.model_path or model.model_path,
+            enable_gradient_checkpointing=False,
+            lora=LoRAConfig(),
+        )
         self.load(frozen, ref.fsdp)
         self.policy.requires_grad_(False)
 
@@ -153,6 +160,7 @@ class CriticWorker(ModelWorker):
             actor.model,
             model_path=critic.model_path or actor.model.model_path,
             enable_gradient_checkpointing=critic.enable_gradient_checkpointing,
+            lora=LoRAConfig(),  # an adapter is the actor's alone
         )
         values = build_sharded(model, critic.fsdp, ValueModel, self.device)
         optimizer = build_optimizer([p for p in values.parameters() if p.requires_grad], critic.optim)
@@ -210,6 +218,11 @@ class ActorWorker(PolicyWorker):
     def describe(self, folder: str) -> None:
         save_description(self.policy, self.config.worker.actor.model, os.path.join(folder, "huggingface"))
 
+    def compute_reference_log_probs(self, batch: DataProto) -> DataProto:
+        """`log_probs` [B, R] of this rank's rows by the model without its adapter, without gradient."""
+        with adapter_off(self.policy.inner):
+            return self.compute_log_probs(batch, ORIGINAL)
+
     def update_policy(
         self, batch: DataProto, num_mini_batches: int, step: int, total_steps: int, scale: float
     ) -> MetricBag:
@@ -237,20 +250,21 @@ class ActorWorker(PolicyWorker):
 
     def plan_weights(self) -> list[BucketLayout]:
         """How the weights will be cut; the same on every rank. A tied head is sent under its own name too: an
-        engine may hold a copy of it."""
+        engine may hold a copy of it. Adapters are sent merged: engines would ignore those of a vision tower."""
         dtype = resolve_dtype(self.config.worker.actor.fsdp.compute_dtype, self.device.type)
         self.free_cache()  # an engine on this GPU is about to wake up
-        self.sent_weights = self.policy.inner.state_dict()
+        self.sent_weights = plain_weights(self.policy.inner)
+        stored = {name: weight.stored for name, weight in self.sent_weights.items()}
         shapes = (
             (name, dtype if weight.is_floating_point() else weight.dtype, tuple(weight.shape))
-            for name, weight in self.sent_weights.items()
+            for name, weight in stored.items()
         )
         return plan_buckets(shapes, self.config.worker.rollout.sync_bucket_mb * 2**20)
 
     @torch.no_grad()
     def send_bucket(self, layout: BucketLayout) -> Any:
         """Gather one bucket's weights from all ranks, which call this together, and hand them to the carrier."""
-        weights = (whole(self.sent_weights[entry.name]) for entry in layout.entries)
+        weights = (self.sent_weights[entry.name].whole() for entry in layout.entries)
         if not self.carrier.every_rank and self.rank != 0:
             for _ in weights:
                 pass
