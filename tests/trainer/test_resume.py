@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.fakes.runs import REWARD, TIMINGS, records, start
+from tests.fakes.runs import REWARD, numbers, records, start
 from verl.checkpoint.files import load_plain, read_manifest, verify
 from verl.checkpoint.folder import CheckpointFolder
 from verl.checkpoint.tensors import load_full_model, read_tensors, saved_tensors
@@ -61,10 +61,6 @@ def resumed(assets, everything, whole, tmp_path_factory) -> tuple[Path, str]:
     done = start(assets, output, *everything)
     assert done.returncode == 0, done.stderr[-4000:]
     return output, done.stderr
-
-
-def numbers(path: Path) -> list[dict]:
-    return [{k: v for k, v in r.items() if not k.startswith(TIMINGS)} for r in records(path / "metrics.jsonl")]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -14,6 +14,13 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class OnSignal(StrEnum):
+    """What the first SIGTERM or SIGINT leaves of a step."""
+
+    finish_step = "finish_step"
+    stop_now = "stop_now"
+
+
 @dataclass
 class TrainerConfig:
     """The run ends after `max_steps`, or after `total_epochs` where `max_steps` is not set.
@@ -33,7 +40,8 @@ class TrainerConfig:
     and kept. `save_model_only` leaves the optimizer out: such a checkpoint can be exported and not resumed.
     With `async_save` training goes on from a copy on the CPU while a checkpoint is written.
     `resume` is `auto` (go on from the newest whole checkpoint in `output_dir`, where there is one), `never`, or the
-    path of a checkpoint.
+    path of a checkpoint. SIGTERM and SIGINT save a checkpoint and end the run, exit code 0: after the step
+    (`on_signal` finish_step) or at once (stop_now: a step whose updates have not begun is left, and done again later).
     """
 
     project_name: str = "papo"
@@ -61,4 +69,5 @@ class TrainerConfig:
     save_model_only: bool = False
     async_save: bool = False
     resume: str = "auto"
+    on_signal: OnSignal = OnSignal.finish_step
     logger: list[str] = field(default_factory=lambda: ["console", "jsonl"])

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
@@ -45,14 +46,21 @@ class Checkpointer:
         self.pending: Pending | None = None
         self.failure = ""  # of the last save
 
-    def save(self) -> None:
-        """Begin a checkpoint of the step that is done, after the end of the one before."""
+    def save_once(self, state: dict[str, Any]) -> None:
+        """As `save`, unless there is a checkpoint of that step."""
         self.finish()
-        trainer, progress = self.config.trainer, self.driver.progress
-        self.pending = Pending(progress.step, progress.best_step, time.perf_counter())
-        state = self.driver.state_dict()
+        if not os.path.exists(self.folder.checkpoint(state["step"])):
+            self.save(state)
+
+    def save(self, state: dict[str, Any] | None = None) -> None:
+        """Begin a checkpoint of the step that is done, after the end of the one before; of the driver `state`, if that
+        is not what it holds now."""
+        self.finish()
+        trainer, state = self.config.trainer, state or self.driver.state_dict()
+        step = state["step"]
+        self.pending = Pending(step, state["best_step"], time.perf_counter())
         try:
-            path = self.folder.begin(progress.step)
+            path = self.folder.begin(step)
             for role in self.groups:
                 os.mkdir(os.path.join(path, role))
             save_plain(os.path.join(path, STATE), state)

@@ -18,6 +18,7 @@ from verl.config.config import Config
 from verl.config.legacy import MARK, compose_legacy, translate_overrides
 from verl.single_controller.preflight import ClusterError
 from verl.trainer.dry_run import dry_run, in_small
+from verl.trainer.interrupts import RunInterrupted
 from verl.trainer.plan import make_plan
 from verl.trainer.ray_trainer import RayTrainer
 from verl.trainer.resume import ResumeError
@@ -45,6 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     try:
         lines = describe(trainer.fit(), trainer.run_dir.path) if trainer else dry_run(plan)
+    except RunInterrupted as ended:
+        logger.info("%s", ended)
+        return
     except (ClusterError, ConnectionError, OutOfDeviceMemory, ResumeError, SaveFailed) as error:
         sys.exit(f"error: {getattr(error, 'cause', error)}")  # the cause: without Ray's account of its calls
     for line in lines:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any, NoReturn
 
 import ray
 from tqdm import tqdm
@@ -16,6 +17,7 @@ from verl.single_controller.resources import start_ray
 from verl.tracking import Trackers
 from verl.trainer.checkpointer import Checkpointer
 from verl.trainer.collect import Collector
+from verl.trainer.interrupts import Interrupts, RunInterrupted
 from verl.trainer.plan import Plan
 from verl.trainer.progress import Driver, Progress
 from verl.trainer.prompts import PromptStream
@@ -29,6 +31,8 @@ from verl.trainer.workers import Workers
 
 logger = logging.getLogger(__name__)
 
+LENGTH = {"trainer.max_steps", "trainer.total_epochs"}
+
 
 class RayTrainer:
     """Runs a plan. The driver keeps the order; workers hold every model."""
@@ -37,6 +41,11 @@ class RayTrainer:
         self.plan = plan
         self.trainer = plan.config.trainer
         self.point = find_resume_point(plan.config)
+        if self._is_complete() and self.point.changed - LENGTH:
+            logger.warning(
+                "the run in %s is complete and had other settings: this one begins anew", self.trainer.output_dir
+            )
+            self.point = None
         self.run_dir = RunDir(plan.config, self.point.step if self.point and self.point.own else None)
         self.complete = self._summary_of_complete_run()
         self.trackers = None if self.complete else Trackers(self.run_dir.path, plan.config)
@@ -48,7 +57,8 @@ class RayTrainer:
     def fit(self) -> dict[str, float]:
         """Train, or only validate; returns what summary.json holds.
 
-        Raises SaveFailed where the last checkpoint could not be saved, ResumeError where the first one does not fit.
+        Raises SaveFailed where the last checkpoint could not be saved, ResumeError where the first one does not fit,
+        RunInterrupted where a signal ended the run.
         """
         if self.complete:
             logger.info("%s is complete: trainer.max_steps=N goes on to step N", self.run_dir.path)
@@ -57,16 +67,13 @@ class RayTrainer:
             set_aside_later(self.point, self.plan.config)
         succeeded = False
         try:
-            plan = self.plan
-            start_ray(plan.layout, self.trainer.nnodes)
-            workers = Workers.build(plan)
-            reward_kl = RewardKL(plan.config.algorithm.reward_kl)
-            self.run = Run(
-                plan.config, plan.sizes, plan.requirements, plan.vision, workers, plan.total_steps, reward_kl
-            )
-            with logging_redirect_tqdm():
-                found = self._validate_only() if self.trainer.val_only else self._train()
+            start_ray(self.plan.layout, self.trainer.nnodes)  # first: Ray has a handler of its own for SIGTERM
+            with Interrupts(self.trainer.on_signal) as interrupts:
+                found = self._run(interrupts)
             succeeded = True
+        except RunInterrupted:
+            succeeded = True
+            raise
         finally:
             self.trackers.close(succeeded)
             ray.shutdown()
@@ -76,19 +83,39 @@ class RayTrainer:
         self.run_dir.write_summary(summary)
         return summary
 
+    def _is_complete(self) -> bool:
+        """Whether the checkpoint of this run that there is leaves nothing to do."""
+        if self.point is None or not self.point.own:
+            return False
+        halted = self.point.state["stopped"] and self.plan.config.algorithm.watchdog.action == WatchdogAction.stop
+        return halted or self.point.step >= self.plan.total_steps
+
     def _summary_of_complete_run(self) -> dict[str, float] | None:
         """That of this very run, where there is nothing left to do."""
-        if self.point is None or not self.point.own:
-            return None
-        halted = self.point.state["stopped"] and self.plan.config.algorithm.watchdog.action == WatchdogAction.stop
-        if halted or self.point.step >= self.plan.total_steps:
+        if self._is_complete():
             return self.run_dir.read_summary()
-        self.run_dir.remove_summary()
+        if self.point is not None and self.point.own:
+            self.run_dir.remove_summary()
         return None
 
-    def _train(self) -> Progress:
-        """All steps that are left, and the model as a Hugging Face folder."""
+    def _run(self, interrupts: Interrupts) -> Progress:
+        """Start the workers and train or validate. Raises RunInterrupted."""
+        plan = self.plan
+        try:
+            workers = Workers.build(plan)
+            reward_kl = RewardKL(plan.config.algorithm.reward_kl)
+            self.run = Run(
+                plan.config, plan.sizes, plan.requirements, plan.vision, workers, plan.total_steps, reward_kl
+            )
+            with logging_redirect_tqdm():
+                return self._validate_only() if self.trainer.val_only else self._train(interrupts)
+        except KeyboardInterrupt:
+            raise RunInterrupted(f"ended by {interrupts.requested}; no step had been done since the start") from None
+
+    def _train(self, interrupts: Interrupts) -> Progress:
+        """All steps that are left, and the model as a Hugging Face folder. Raises RunInterrupted."""
         driver = self._driver()
+        interrupts.begin_training()
         progress, keeper = driver.progress, Checkpointer(checkpoints_of(self.plan.config), driver)
         left = range(progress.step + 1, self.plan.total_steps + 1)
         bar = tqdm(
@@ -98,7 +125,9 @@ class RayTrainer:
             for step in bar:
                 if progress.stopped:
                     break
-                self._step(driver, step, keeper)
+                self._step(driver, step, keeper, interrupts)
+                if interrupts.requested and step < self.plan.total_steps and not progress.stopped:
+                    self._end(keeper, interrupts, driver.state_dict())
             if self.trainer.save_model:
                 self.run.workers.actor.save_huggingface(self.run_dir.file("model"))
         except Exception:
@@ -123,10 +152,15 @@ class RayTrainer:
             driver.progress.validations |= _for_summary(metrics, "before")
         return driver
 
-    def _step(self, driver: Driver, step: int, keeper: Checkpointer) -> None:
+    def _step(self, driver: Driver, step: int, keeper: Checkpointer, interrupts: Interrupts) -> None:
         """One step, and what follows from it: events, validation, records, a checkpoint."""
         progress = driver.progress
-        result = run_step(self.run, driver.collector, step, driver.watchdog.scale)
+        before = driver.state_dict() if interrupts.stops_now else {}
+        interrupts.begin_step()
+        try:
+            result = run_step(self.run, driver.collector, step, driver.watchdog.scale, interrupts.begin_update)
+        except KeyboardInterrupt:
+            self._end(keeper, interrupts, before)
         self.run_dir.add_samples(step, "train", result.samples)
         verdict = driver.watchdog.observe(step, result.metrics)
         self.run_dir.add_events(verdict.events)
@@ -146,6 +180,16 @@ class RayTrainer:
             keeper.save()
         else:
             keeper.poll()
+
+    def _end(self, keeper: Checkpointer, interrupts: Interrupts, state: dict[str, Any]) -> NoReturn:
+        """Save where the run stands, if no checkpoint has that yet. Raises RunInterrupted, or SaveFailed."""
+        if state["step"]:
+            self.run_dir.sync()
+            keeper.save_once(state)
+        keeper.close()
+        raise RunInterrupted(
+            f"ended by {interrupts.requested} after step {state['step']}; the same command goes on from there"
+        )
 
     def _validate_only(self) -> Progress:
         metrics = self._validate(0)

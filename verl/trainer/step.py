@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +29,11 @@ class StepResult:
     samples: list[dict[str, Any]]
 
 
-def run_step(run: Run, collector: Collector, step: int, scale: float = 1.0) -> StepResult:
+def run_step(
+    run: Run, collector: Collector, step: int, scale: float = 1.0, before_update: Callable[[], None] | None = None
+) -> StepResult:
     """Generate, score, compute log-probs and advantages, update, and give the engines the new weights. `scale`
-    multiplies the coefficients of maximised terms."""
+    multiplies the coefficients of maximised terms; `before_update` is called before the first weight changes."""
     timings = Timings()
     with timings("step"):
         with timings("rollout"):
@@ -43,6 +46,8 @@ def run_step(run: Run, collector: Collector, step: int, scale: float = 1.0) -> S
         with timings("reward_wait"):
             scores = ray.get(rows.scoring)
         batch, group, found = add_advantages(run, batch, scores)
+        if before_update is not None:
+            before_update()
         updated = update(run, batch, rows.mini_batches, step, scale, timings)
         with timings("weight_sync"):
             run.workers.rollout.sync_weights(run.workers.actor)
