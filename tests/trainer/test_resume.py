@@ -111,7 +111,7 @@ def test_the_runs_above_had_a_state_to_lose(whole):
     assert state["watchdog"]["tracks"]["actor/perception_kl"]["values"]
     assert state["weight_version"] == 2 and state["best"] is None
     rates = [record["actor/lr"] for record in numbers(whole[0])[1:]]
-    assert rates == sorted(rates, reverse=True) and rates[0] > rates[-1]
+    assert len(set(rates)) == 4
 
 
 def test_what_was_broken_or_half_done_is_said_and_out_of_the_way(whole, resumed):
@@ -132,12 +132,11 @@ def test_what_was_broken_or_half_done_is_said_and_out_of_the_way(whole, resumed)
 
 
 def test_the_exporters_view_of_a_checkpoint(whole):
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     actor = whole[0] / "checkpoints/global_step_4/actor"
-    saved = load_file(whole[0] / "model/model.safetensors")
-    assert same(load_full_model(str(actor)), saved)
+    exported = AutoModelForImageTextToText.from_pretrained(whole[0] / "model", dtype=torch.float32)
+    assert same(load_full_model(str(actor)), exported.state_dict())
     config = AutoConfig.from_pretrained(actor / "huggingface")
     assert config.architectures == ["Qwen2_5_VLForConditionalGeneration"]
     AutoProcessor.from_pretrained(actor / "huggingface")

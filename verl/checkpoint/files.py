@@ -87,6 +87,8 @@ def read_manifest(folder: str) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise BrokenCheckpoint(f"{path} has format {found}, this version reads {FORMAT}")
+    if not isinstance(manifest.get("files"), dict):
+        raise BrokenCheckpoint(f"{path} lists no files")
     return manifest
 
 

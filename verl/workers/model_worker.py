@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from verl.algorithms.losses.compose import build_terms
 from verl.algorithms.requirements import requirements_of
-from verl.checkpoint.files import FileEntry
+from verl.checkpoint.files import FileEntry, first_line
 from verl.checkpoint.tensors import SaveFailed
 from verl.config.config import Config
 from verl.config.worker import FSDPConfig, LoRAConfig, ModelConfig
@@ -92,8 +92,10 @@ class ModelWorker:
         """Wait for the end of a save; returns this rank's files in the role's folder, or why there are none."""
         try:
             return self.writer.finish()
-        except (SaveFailed, OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+        except SaveFailed as error:
             return str(error)
+        except Exception as error:  # torch and tokenizers raise errors of their own where a disk is full
+            return f"rank {self.rank}: {first_line(error)}"
 
     def load_state(self, folder: str) -> None:
         """Go on from a checkpoint's folder of this role; all ranks call this together."""
