@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from verl.config.algorithm import OldLogProbs, Truncation
 from verl.config.config import Config
 from verl.config.sizes import compute_sizes
+from verl.config.worker import ComputeDtype, OptimStrategy
 
 POSITIVE = (
     "data.max_prompt_length",
@@ -52,6 +53,7 @@ def validate(config: Config) -> None:
     """
     _check_positive(config, POSITIVE)
     _check_values(config)
+    _check_optimizers(config)
     _check_rollout(config)
     _check_algorithm(config)
     _check_files(config)
@@ -97,6 +99,16 @@ def _check_values(config: Config) -> None:
             "data.val_files is not set: set it, or switch validation off with "
             "trainer.val_before_train=false trainer.val_after_train=false trainer.val_freq=0"
         )
+
+
+def _check_optimizers(config: Config) -> None:
+    for role in ("actor", "critic"):
+        part = getattr(config.worker, role)
+        if part.optim.strategy == OptimStrategy.adamw_bf16 and part.fsdp.compute_dtype == ComputeDtype.float32:
+            raise ValueError(
+                f"worker.{role}.optim.strategy=adamw_bf16 keeps weights in bfloat16, which worker.{role}.fsdp."
+                "compute_dtype=float32 cannot make finer: use auto or bfloat16, or strategy=adamw"
+            )
 
 
 def _check_rollout(config: Config) -> None:

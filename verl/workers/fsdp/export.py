@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def save_huggingface(policy: PolicyModel, model: ModelConfig, path: str) -> None:
-    """Write weights (float32), config, processor and sampling defaults to `path`, whole or not at all.
+    """Write the weights as they are kept, config, processor and sampling defaults to `path`, whole or not at all.
 
     All ranks call this together, since gathering the weights takes all of them; rank 0 writes.
     """

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from verl.config.worker import FSDPConfig, ModelConfig
@@ -25,15 +25,19 @@ WrappedModel = TypeVar("WrappedModel", PolicyModel, ValueModel)
 
 
 def build_sharded(
-    model: ModelConfig, fsdp: FSDPConfig, wrap: Callable[[nn.Module], WrappedModel], device: torch.device
+    model: ModelConfig,
+    fsdp: FSDPConfig,
+    wrap: Callable[[nn.Module], WrappedModel],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> WrappedModel:
-    """`wrap` of the Hugging Face model, sharded over all ranks, float32 weights, forward in the compute dtype.
+    """`wrap` of the Hugging Face model, sharded over all ranks, weights in `dtype`, forward in the compute dtype.
 
     Only rank 0 reads the weights; the others get their shards from it.
     """
     inner = load_model(
         model.model_path,
-        torch.float32,
+        dtype,
         model.attn_implementation,
         model.trust_remote_code,
         empty=dist.get_rank() != 0,
@@ -58,6 +62,8 @@ def shard(wrapped: WrappedModel, mesh: DeviceMesh, config: FSDPConfig) -> None:
     dtype = resolve_dtype(config.compute_dtype, mesh.device_type)
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     options = {"mesh": mesh, "mp_policy": mixed, "reshard_after_forward": config.reshard_after_forward}
+    if config.cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     block_names = set(wrapped.inner._no_split_modules)
     for module in list(wrapped.modules()):
         if type(module).__name__ in block_names:
@@ -71,6 +77,7 @@ def shard(wrapped: WrappedModel, mesh: DeviceMesh, config: FSDPConfig) -> None:
     fully_shard(wrapped, **options)
 
 
-def whole(weight: torch.Tensor) -> torch.Tensor:
-    """A weight gathered from all ranks, which must call this together."""
+def whole(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A weight gathered from all ranks onto their devices; they must call this together."""
+    weight = weight.to(device)  # an offloaded shard is gathered where that is fast
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
