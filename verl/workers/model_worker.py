@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,6 +13,8 @@ import torch.distributed as dist
 
 from verl.algorithms.losses.compose import build_terms
 from verl.algorithms.requirements import requirements_of
+from verl.checkpoint.files import FileEntry
+from verl.checkpoint.tensors import SaveFailed
 from verl.config.config import Config
 from verl.config.worker import FSDPConfig, ModelConfig
 from verl.data.vision import load_special_tokens
@@ -21,11 +24,14 @@ from verl.models.policy import PolicyModel
 from verl.models.value import ValueModel
 from verl.protocol import DataProto
 from verl.utils.process import prepare_gloo, start_model_worker
+from verl.utils.rng import rng_state
 from verl.workers.actor.dp_actor import DataParallelActor, compute_log_probs
 from verl.workers.actor.optim import build_optimizer, build_schedule, weight_dtype
 from verl.workers.critic.dp_critic import DataParallelCritic
-from verl.workers.fsdp.export import save_huggingface
+from verl.workers.fsdp.checkpoint import StateWriter, counts, load_state, model_tensors, optimizer_tensors
+from verl.workers.fsdp.export import save_description, save_huggingface
 from verl.workers.fsdp.wrap import build_sharded, whole
+from verl.workers.guarded_step import GuardedStep
 from verl.workers.rollout.weight_sync import CARRIERS, BucketLayout, plan_buckets
 
 
@@ -37,6 +43,7 @@ class ModelWorker:
         self.config = config
         self.rank = rank
         self.world_size = world_size
+        self.writer: StateWriter | None = None
         self.device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
         if device_type == "cuda":
             torch.cuda.set_device(self.device)
@@ -62,6 +69,37 @@ class ModelWorker:
         if backend == "nccl" and any(part.fsdp.cpu_offload for part in (worker.actor, worker.ref, worker.critic)):
             backend = "cpu:gloo,cuda:nccl"  # gradient norms and full weights are gathered from main memory
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world_size)
+
+    def training(self) -> GuardedStep:
+        """The model that this worker trains, with its optimizer and schedule."""
+        raise NotImplementedError(f"{type(self).__name__} trains nothing")
+
+    def describe(self, folder: str) -> None:
+        """Write what a role's folder of a checkpoint holds besides its tensors."""
+
+    def start_save(self, folder: str, optimizer: bool, background: bool) -> None:
+        """Begin to write this rank's part of a checkpoint; all ranks call this together. In the background it is
+        written from a copy while training goes on."""
+        step = self.training()
+        tensors = model_tensors(step.model) | (optimizer_tensors(step) if optimizer else {})
+        plain = {**counts(step), "rng": rng_state()}
+        if self.writer is None:
+            self.writer = StateWriter()
+        self.writer.start(folder, tensors, plain, self.describe, background)
+
+    def save_is_done(self) -> bool:
+        return self.writer is None or self.writer.done()
+
+    def finish_save(self) -> dict[str, FileEntry] | str:
+        """Wait for the end of a save; returns this rank's files in the role's folder, or why there are none."""
+        try:
+            return self.writer.finish()
+        except (SaveFailed, OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+            return str(error)
+
+    def load_state(self, folder: str) -> None:
+        """Go on from a checkpoint's folder of this role; all ranks call this together."""
+        load_state(folder, self.training(), self.rank)
 
     def free_cache(self) -> None:
         """Give what a pass has left over back to the GPU, which other workers share."""
@@ -118,6 +156,9 @@ class CriticWorker(ModelWorker):
         longest = self.config.data.max_response_length
         self.critic = DataParallelCritic(values, optimizer, schedule, critic, longest, self.device)
 
+    def training(self) -> GuardedStep:
+        return self.critic.step
+
     def compute_values(self, batch: DataProto) -> DataProto:
         """`values` [B, R] of this rank's rows, without gradient."""
         values = self.critic.compute_values(batch)
@@ -155,6 +196,12 @@ class ActorWorker(PolicyWorker):
             device=self.device,
         )
         return sum(p.numel() for p in self.policy.parameters())
+
+    def training(self) -> GuardedStep:
+        return self.actor.step
+
+    def describe(self, folder: str) -> None:
+        save_description(self.policy, self.config.worker.actor.model, os.path.join(folder, "huggingface"))
 
     def update_policy(
         self, batch: DataProto, num_mini_batches: int, step: int, total_steps: int, scale: float

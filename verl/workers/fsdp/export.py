@@ -31,11 +31,24 @@ def save_huggingface(policy: PolicyModel, model: ModelConfig, path: str) -> None
     weights = {name: weight for name, weight in weights.items() if name not in aliases}
     with atomic_path(path) as temporary:
         policy.inner.save_pretrained(temporary, state_dict=weights)
-        load_processor(model.model_path, model.trust_remote_code).save_pretrained(temporary)
-        defaults = os.path.join(model.model_path, "generation_config.json")
-        if os.path.isfile(defaults):
-            shutil.copy(defaults, temporary)
+        save_processor(model, temporary)
     logger.info("saved the policy to %s", path)
+
+
+def save_description(policy: PolicyModel, model: ModelConfig, folder: str) -> None:
+    """Write all of a Hugging Face folder but its weights: config, processor, sampling defaults."""
+    policy.inner.config.save_pretrained(folder)
+    if policy.inner.generation_config is not None:
+        policy.inner.generation_config.save_pretrained(folder)
+    save_processor(model, folder)
+
+
+def save_processor(model: ModelConfig, folder: str) -> None:
+    """Write processor and sampling defaults, as they are where the model came from."""
+    load_processor(model.model_path, model.trust_remote_code).save_pretrained(folder)
+    defaults = os.path.join(model.model_path, "generation_config.json")
+    if os.path.isfile(defaults):
+        shutil.copy(defaults, folder)
 
 
 def full_state_dict(policy: PolicyModel) -> dict[str, torch.Tensor]:
