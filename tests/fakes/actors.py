@@ -90,7 +90,7 @@ def build_actor(
 
 def weights(actor: DataParallelActor) -> dict[str, torch.Tensor]:
     """Every weight, gathered, under its Hugging Face name; a tied head under both of its names."""
-    return {name: whole(weight, CPU).detach().clone() for name, weight in actor.policy.inner.state_dict().items()}
+    return {name: whole(weight).detach().clone() for name, weight in actor.policy.inner.state_dict().items()}
 
 
 def gradient(model: Path, batch: DataProto, **options: Any) -> tuple[dict[str, torch.Tensor], dict[str, float]]:

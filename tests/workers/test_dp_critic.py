@@ -61,7 +61,7 @@ def build(model: Path, wrap=random_head, dtype: str = "float32", lr: float = 1.0
 
 
 def weights(critic: DataParallelCritic) -> dict[str, torch.Tensor]:
-    return {name: whole(weight, CPU).detach().clone() for name, weight in critic.model.state_dict().items()}
+    return {name: whole(weight).detach().clone() for name, weight in critic.model.state_dict().items()}
 
 
 def gradient(model: Path, batch: DataProto, mini_batches: int = 1, **options) -> dict[str, torch.Tensor]:

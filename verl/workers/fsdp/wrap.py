@@ -77,7 +77,7 @@ def shard(wrapped: WrappedModel, mesh: DeviceMesh, config: FSDPConfig) -> None:
     fully_shard(wrapped, **options)
 
 
-def whole(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A weight gathered from all ranks onto their devices; they must call this together."""
-    weight = weight.to(device)  # an offloaded shard is gathered where that is fast
+def whole(weight: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """A weight gathered from all ranks, which must call this together; on `device` rather than where its shards are."""
+    weight = weight if device is None else weight.to(device)
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
