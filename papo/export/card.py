@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from importlib.metadata import version
 from typing import Any
@@ -26,6 +27,8 @@ KEYS = (
     "worker.actor.ppo_epochs",
     "worker.actor.loss_avg_mode",
     "worker.actor.model.freeze_vision_tower",
+    "worker.actor.model.lora.rank",
+    "worker.actor.model.lora.alpha",
     "worker.actor.optim.strategy",
     "worker.actor.optim.lr",
     "worker.actor.optim.weight_decay",
@@ -43,21 +46,34 @@ processor = {processor}.from_pretrained("{name}")
 ```
 """
 
+USE_ADAPTER = """\
+```python
+from peft import PeftModel
+from transformers import {auto}
 
-def model_card(source: Source, name: str, has_vision: bool, dtype: str) -> str:
-    """The text of README.md for the export called `name`; what nobody kept is left out."""
+model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "{name}")
+```
+"""
+
+
+def model_card(source: Source, name: str, dtype: str, adapter: bool = False) -> str:
+    """The text of README.md for the export called `name`; what nobody kept is left out. `adapter`: it is one alone."""
+    with open(os.path.join(source.huggingface, "config.json"), encoding="utf-8") as file:
+        has_vision = "vision_config" in json.load(file)
     config, base = source.config, _base_model(source.config)
     step = f" after step {source.step}" if source.step is not None else ""
     of = f" of {base}" if base else ""
     origin = "Merged from the shards of a checkpoint of EasyR1." if source.easyr1 else "Trained with PAPO-RL."
+    what = "adapter (LoRA)" if adapter else "policy"
     parts = [
-        _header(config, base, has_vision),
+        _header(config, base, has_vision, "peft" if adapter else "transformers"),
         f"# {name}\n",
-        f"The policy{of}{step} of reinforcement learning with a rule-based reward. {origin} Weights are {dtype}.\n",
-        USE.format(
+        f"The {what}{of}{step} of reinforcement learning with a rule-based reward. {origin} Weights are {dtype}.\n",
+        (USE_ADAPTER if adapter else USE).format(
             auto="AutoModelForImageTextToText" if has_vision else "AutoModelForCausalLM",
             processor="AutoProcessor" if has_vision else "AutoTokenizer",
             name=name,
+            base=base,
         ),
     ]
     if config:
@@ -68,12 +84,12 @@ def model_card(source: Source, name: str, has_vision: bool, dtype: str) -> str:
     return "\n".join([*parts, f"Exported with {packages}.\n"])
 
 
-def _header(config: dict[str, Any], base: str, has_vision: bool) -> str:
+def _header(config: dict[str, Any], base: str, has_vision: bool, library: str) -> str:
     """What the hub reads. A model from a folder has no name there."""
     tags = ["reinforcement-learning", *([config["algorithm"]["adv_estimator"]] if config else [])]
     if "perception_kl" in (config.get("algorithm", {}).get("terms") or {}):
         tags.append("papo")
-    lines = ["---", "library_name: transformers"]
+    lines = ["---", f"library_name: {library}"]
     lines.append(f"pipeline_tag: {'image-text-to-text' if has_vision else 'text-generation'}")
     lines += [f"base_model: {base}"] if base.count("/") == 1 else []
     return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""])

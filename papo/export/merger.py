@@ -7,6 +7,7 @@ import logging
 import sys
 
 from papo.export.hub import upload
+from papo.export.lora import merge_adapter
 from papo.export.model import add_weights, build_model, dtype_of
 from papo.export.source import find_source
 from verl.utils.process import LOG_FORMAT, quiet_libraries
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
 def merge(local_dir: str, dtype: str, repo: str | None) -> None:
     """Write the merged weights beside the config in `local_dir`/huggingface, and upload that folder to `repo`."""
     source, wanted = find_source(local_dir), dtype_of(dtype)
-    model = build_model(source.huggingface, source.weights(wanted), wanted)
+    model = build_model(source.huggingface, merge_adapter(source.weights(wanted), source), wanted)
     # Of our own checkpoints the manifest lists every file as it was: none of them may change.
     add_weights(model, source.huggingface, config_too=source.easyr1)
     sys.stdout.write(f"{source.huggingface}\n")

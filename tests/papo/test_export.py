@@ -199,6 +199,7 @@ def test_what_cannot_be_exported_is_named_and_leaves_nothing(trained, tmp_path):
             "none of the steps 4, 2 .*has val/f1; measured are val/accuracy, val/r",
         ),
         ([str(run), str(out), "--dtype", "int8"], "--dtype int8"),
+        ([str(run), str(out), "--merge-lora"], "--merge-lora: .* has no adapter"),
     ):
         with pytest.raises(SystemExit, match=f"error: .*{named}"):
             main(["export", *arguments])
