@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from papo.doctor.command import add_doctor
+from papo.export.command import add_export
 from papo.plugin import register
 from verl.config.algorithm import ViewConfig, ViewStage
 from verl.config.data import DataConfig
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add_mask(commands)
     add_convert_config(commands)
     add_doctor(commands)
+    add_export(commands)
     return top
 
 

@@ -11,8 +11,9 @@ from papo.doctor.memory import (
     Load,
     Term,
     billions,
-    gradient_term,
-    optimizer_step_term,
+    gradient_terms,
+    offloaded,
+    optimizer_step_terms,
     pass_terms,
     state_terms,
     text_working,
@@ -24,6 +25,7 @@ from papo.doctor.shape import Shape
 from verl.algorithms.requirements import Requirements
 from verl.config.config import Config
 from verl.config.sizes import Sizes
+from verl.config.worker import FSDPConfig, OptimConfig, OptimStrategy
 
 # What no arithmetic gives, each per process: CUDA context, NCCL and allocator; Python with torch and transformers.
 GPU_PROCESS, CPU_PROCESS = GIB, GIB * 3 // 4
@@ -55,7 +57,8 @@ class Phase:
 @dataclass(frozen=True)
 class Estimate:
     """`rows` says what was assumed of them. `capacity` is the memory of one GPU, or on CPU the machine's. `cache` is
-    the room that vLLM has left for its KV cache (None for hf), `token` the bytes that one token takes there."""
+    the room that vLLM has left for its KV cache (None for hf), `token` the bytes that one token takes there.
+    `offloaded` is what all ranks of a node keep in main memory in place of their GPUs."""
 
     device: str
     rows: str
@@ -64,6 +67,7 @@ class Estimate:
     phases: tuple[Phase, ...]
     cache: int | None
     token: int
+    offloaded: int = 0
 
 
 def load_of(
@@ -72,8 +76,7 @@ def load_of(
     """The numbers of a run that its memory follows from: rows with `images` pictures as large as data.max_pixels
     allows, prompts of `prompt` tokens and the longest responses; no two rows of a micro-batch share a picture."""
     data, actor = config.data, config.worker.actor
-    dtype = actor.fsdp.compute_dtype.value
-    width = 4 if dtype == "float32" or (dtype == "auto" and device == "cpu") else 2
+    width = compute_bytes(actor.fsdp, device)
     logits = "log_probs"
     if requirements.exact:
         logits = "kl" if any("full_kl" in column for column in requirements.exact) else "entropy"
@@ -93,7 +96,44 @@ def load_of(
         reshard=actor.fsdp.reshard_after_forward,
         min_block=actor.fsdp.min_block_params,
         masked=actor.model.attn_implementation == "sdpa",
+        kept=weight_bytes(actor.optim),
+        offload=actor.fsdp.cpu_offload and device == "cuda",
     )
+
+
+def reference_load(config: Config, load: Load, device: str) -> Load:
+    """The reference keeps its weights as its forward computes."""
+    fsdp = config.worker.ref.fsdp
+    width, offload = compute_bytes(fsdp, device), fsdp.cpu_offload and device == "cuda"
+    return replace(load, width=width, kept=width, offload=offload, min_block=fsdp.min_block_params)
+
+
+def critic_load(config: Config, load: Load, device: str) -> Load:
+    """The critic's update: the actor's model with one view and a head of one output."""
+    critic = config.worker.critic
+    return replace(
+        load,
+        width=compute_bytes(critic.fsdp, device),
+        update_rows=critic.micro_batch_size_per_device_for_update,
+        update_views=1,
+        frozen_vision=config.worker.actor.model.freeze_vision_tower,
+        checkpointing=critic.enable_gradient_checkpointing,
+        reshard=critic.fsdp.reshard_after_forward,
+        min_block=critic.fsdp.min_block_params,
+        chunk=0,
+        kept=weight_bytes(critic.optim),
+        offload=critic.fsdp.cpu_offload and device == "cuda",
+    )
+
+
+def compute_bytes(fsdp: FSDPConfig, device: str) -> int:
+    """Of a value in the compute dtype."""
+    return FLOAT if fsdp.compute_dtype == "float32" or (fsdp.compute_dtype == "auto" and device == "cpu") else 2
+
+
+def weight_bytes(optim: OptimConfig) -> int:
+    """Of a trained weight, its gradient and each of its optimizer states."""
+    return 2 if optim.strategy == OptimStrategy.adamw_bf16 else FLOAT
 
 
 def estimate(
@@ -118,9 +158,10 @@ def estimate(
         images, prompt: of a row, and tokens of its prompt.
     """
     load = load_of(config, sizes, requirements, shapes[0], device, images, prompt)
-    roles, work = [], {GENERATION[0]: []}
+    roles, work, away = [], {GENERATION[0]: []}, 0
     if not config.trainer.val_only:
         roles, work = _training(config, requirements, recomputes_old, shapes, load, device)
+        away = _offloaded(config, requirements, shapes, load, device)
     trainers = {role.name for role in roles} & {"actor", "reference", "critic"}
     merged = replace(shapes[0], adapter=0)
     engine, cache = engine_terms(config, merged, load, device, capacity)
@@ -133,7 +174,7 @@ def estimate(
         f"rows of at most {prompt} + {load.response} tokens and {images} image(s) of {config.data.max_pixels} pixels; "
         f"{load.update_rows} per micro-batch of the update, {load.pass_rows} of a log-prob pass"
     )
-    return Estimate(device, rows, capacity, tuple(roles), phases, cache, shapes[0].kv_bytes(load.width))
+    return Estimate(device, rows, capacity, tuple(roles), phases, cache, shapes[0].kv_bytes(load.width), away)
 
 
 Work = dict[str, list[tuple[str, int]]]  # phase -> (role, bytes of one rank)
@@ -149,21 +190,25 @@ def _training(
 ) -> tuple[list[Role], Work]:
     """Actor, reference and critic: their terms, and what they have in each phase of a step."""
     shape, ref_shape = shapes
-    states, gradients, step = state_terms(shape, load), gradient_term(shape, load), optimizer_step_term(shape, load)
-    update = [gradients, *update_terms(shape, load)]
+    states, gradients, step = state_terms(shape, load), gradient_terms(shape, load), optimizer_step_terms(shape, load)
+    update = [*gradients, *update_terms(shape, load)]
     own_reference = requirements.reference and config.worker.actor_is_reference
     asks = recomputes_old or requirements.stored_views or own_reference
     passes = pass_terms(shape, load, load.reshard) if asks else []
     ref_rest, ref_pass = [], []
     if requirements.reference and not own_reference:
-        ref_load = replace(load, min_block=config.worker.ref.fsdp.min_block_params)
+        ref_load = reference_load(config, load, device)
         ref_rest = state_terms(ref_shape, ref_load)[:1]
         ref_pass = pass_terms(ref_shape, ref_load, config.worker.ref.fsdp.reshard_after_forward)
-    values, values_update = _critic_terms(config, shape, load) if requirements.critic else ([], [])
+    values, values_update = [], []
+    if requirements.critic:
+        own, full = critic_load(config, load, device), replace(shape, adapter=0)
+        values = state_terms(full, own)
+        values_update = [term for term in [*gradient_terms(full, own), *update_terms(full, own)] if term.bytes]
     terms = {
         "actor": states,
         "actor, update": update,
-        "actor, optimizer step": [step],
+        "actor, optimizer step": step,
         "actor, log-probs": passes,
         "reference": ref_rest,
         "reference, log-probs": ref_pass,
@@ -177,7 +222,7 @@ def _training(
         "log-probs": [("actor", rest + total(passes)), ("reference", total(ref_rest + ref_pass)), others[1]],
         "critic update": [("actor", rest), others[0], ("critic", total(values + values_update))],
         "update": [("actor", rest + total(update)), *others],
-        "optimizer step": [("actor", rest + gradients.bytes + step.bytes), *others],
+        "optimizer step": [("actor", rest + total(gradients + step)), *others],
     }
     if not values:
         del work["critic update"]
@@ -186,21 +231,15 @@ def _training(
     return [Role(name, tuple(found), times) for name, found in terms.items() if found], work
 
 
-def _critic_terms(config: Config, shape: Shape, load: Load) -> tuple[list[Term], list[Term]]:
-    """(what it holds, what its update takes besides): the actor's model with one view and a head of one output."""
-    critic, shape = config.worker.critic, replace(shape, adapter=0)
-    own = replace(
-        load,
-        frozen_vision=config.worker.actor.model.freeze_vision_tower,
-        update_rows=critic.micro_batch_size_per_device_for_update,
-        update_views=1,
-        checkpointing=critic.enable_gradient_checkpointing,
-        reshard=critic.fsdp.reshard_after_forward,
-        min_block=critic.fsdp.min_block_params,
-        chunk=0,
-    )
-    update = [term for term in [gradient_term(shape, own), *update_terms(shape, own)] if term.bytes]
-    return state_terms(shape, own), update
+def _offloaded(config: Config, requirements: Requirements, shapes: tuple[Shape, Shape], load: Load, device: str) -> int:
+    """Bytes that the ranks of a node keep in main memory in place of their GPUs."""
+    size = offloaded(shapes[0], load) if load.offload else 0
+    if requirements.critic and (own := critic_load(config, load, device)).offload:
+        size += offloaded(replace(shapes[0], adapter=0), own)
+    own_reference = config.worker.actor_is_reference
+    if requirements.reference and not own_reference and (ref := reference_load(config, load, device)).offload:
+        size += state_terms(shapes[1], replace(ref, offload=False))[0].bytes
+    return config.trainer.n_gpus_per_node * size
 
 
 def _on_gpus(work: Work, engine: int, trainers: int, shares: bool) -> tuple[Phase, ...]:

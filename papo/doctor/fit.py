@@ -14,6 +14,7 @@ from papo.doctor.memory import FLOAT
 from papo.doctor.shape import Shape, shape_of
 from verl.config.config import Config
 from verl.config.sizes import compute_sizes
+from verl.config.worker import ComputeDtype, OptimStrategy
 
 CLOSE = 0.9  # above this share an estimate of this kind is no promise
 FEW = 16  # responses at one time, below which an engine is slow
@@ -42,6 +43,7 @@ def check_memory_fit(case: Case) -> Iterator[Finding]:
             level = error if then > found.capacity else warning
         yield level(phase.name, text, advice(case, shapes, phase))
     yield from _judge_cache(case, found, shapes[0])
+    yield from _judge_offloaded(case, found)
     if case.config.worker.actor.model.attn_implementation == "eager":
         text = f"attn_implementation=eager keeps {shapes[0].text.heads} heads x tokens^2, which the table leaves out"
         yield warning("memory", text, f"{ACTOR}.model.attn_implementation=sdpa")
@@ -104,6 +106,7 @@ def advice(case: Case, shapes: tuple[Shape, Shape], phase: Phase) -> str:
         steps = _generation_steps(case.config)
     else:
         steps = _training_steps(case.config, phase.name)
+    steps += _state_steps(case.config)
     for change in [*steps, _merged(steps), *_more_ranks(case.config)]:
         bytes_then = _with(case, shapes, change, phase.name)
         if bytes_then is not None and bytes_then <= CLOSE * case.estimate.capacity:
@@ -129,6 +132,16 @@ def _training_steps(config: Config, phase: str) -> list[dict[str, Any]]:
         steps.append({key: size})
     if actor.logits_chunk_size > 256:
         steps.append({f"{ACTOR}.logits_chunk_size": 256})
+    return steps
+
+
+def _state_steps(config: Config) -> list[dict[str, Any]]:
+    """What makes the actor's states smaller. It costs what the other steps do not: time, and precision."""
+    actor, steps = config.worker.actor, []
+    if not actor.fsdp.cpu_offload:
+        steps.append({f"{ACTOR}.fsdp.cpu_offload": True})
+    if actor.optim.strategy == OptimStrategy.adamw and actor.fsdp.compute_dtype != ComputeDtype.float32:
+        steps.append({f"{ACTOR}.optim.strategy": OptimStrategy.adamw_bf16})
     return steps
 
 
@@ -204,5 +217,23 @@ def _judge_cache(case: Case, found: Estimate, shape: Shape) -> Iterator[Finding]
         yield ok("KV cache", text)
 
 
+def _judge_offloaded(case: Case, found: Estimate) -> Iterator[Finding]:
+    """What is in main memory in place of the GPUs, on each node."""
+    if not found.offloaded:
+        return
+    text = f"cpu_offload keeps {in_gib(found.offloaded)} there, for the GPUs of one node"
+    if case.imagined:
+        yield ok("host memory", text)
+        return
+    text += f", of {in_gib(main_memory())}"
+    if found.offloaded <= CLOSE * main_memory():
+        yield ok("host memory", text)
+    else:
+        level = error if found.offloaded > main_memory() else warning
+        yield level("host memory", text, f"{ACTOR}.optim.strategy=adamw_bf16, or cpu_offload for fewer roles")
+
+
 def _written(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, str) else f"{value:g}"

@@ -6,11 +6,12 @@ tests measure the same blocks and compare. What cannot be counted (allocator, CU
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from papo.doctor.shape import Shape
 
-FLOAT = 4  # trained weights, gradients and both optimizer states are float32 whatever the compute dtype
+FLOAT = 4
+STEP_COPIES = 8  # float32 values per weight that a step of CompensatedAdamW holds, of one parameter at a time
 
 # Bytes per logit of a chunk: its copies in compute dtype and float32, forward and backward.
 LOGIT_BYTES = {"log_probs": 17, "entropy": 21, "kl": 30}
@@ -23,7 +24,9 @@ class Load:
 
     `width` is the bytes of a value in compute dtype. `update_rows` and `pass_rows` are responses per micro-batch,
     `update_views` how many looks at them one forward takes, `patches` the image patches of a row at most.
-    `masked` says that attention gets a mask [rows, tokens, tokens], as SDPA does for padded rows.
+    `masked` says that attention gets a mask [rows, tokens, tokens], as SDPA does for padded rows. `kept` is the bytes
+    of a weight, a gradient and an optimizer state, float32 whatever the compute dtype, or bfloat16 and then one state
+    more; `offload` says that all these are in main memory.
     """
 
     ranks: int
@@ -41,6 +44,8 @@ class Load:
     reshard: bool = True
     min_block: int = 0
     masked: bool = True
+    kept: int = FLOAT
+    offload: bool = False
 
     @property
     def length(self) -> int:
@@ -65,30 +70,47 @@ def trainable(shape: Shape, load: Load) -> int:
 
 def state_terms(shape: Shape, load: Load) -> list[Term]:
     """Weights and optimizer states: what the actor always has."""
-    trained = trainable(shape, load)
-    width = load.width if shape.adapter else FLOAT  # below adapters they are frozen
-    weights, how = width * shape.parameters + FLOAT * shape.adapter, f"{width} bytes x {billions(shape.parameters)}"
-    if shape.adapter:
-        how = f"({how} + 4 bytes x {billions(shape.adapter)})"
+    if load.offload:
+        return []
+    width = load.width if shape.adapter else load.kept  # below adapters they are frozen
+    weights = Term(
+        "weights",
+        (width * shape.parameters + load.kept * shape.adapter) // load.ranks,
+        f"{width} bytes x {billions(shape.parameters)} / {load.ranks}"
+        if not shape.adapter
+        else f"({width} bytes x {billions(shape.parameters)} + {load.kept} x {billions(shape.adapter)}) / {load.ranks}",
+    )
+    states = 2 if load.kept == FLOAT else 3
     return [
-        Term("weights", weights // load.ranks, f"{how} / {load.ranks}"),
-        Term(
-            "optimizer states", 2 * FLOAT * trained // load.ranks, f"2 x 4 bytes x {billions(trained)} / {load.ranks}"
-        ),
+        weights,
+        _share("optimizer states", states * load.kept, trainable(shape, load), load, f"{states} x {load.kept}"),
     ]
 
 
-def gradient_term(shape: Shape, load: Load) -> Term:
-    trained = trainable(shape, load)
-    return Term("gradients", FLOAT * trained // load.ranks, f"4 bytes x {billions(trained)} / {load.ranks}")
+def gradient_terms(shape: Shape, load: Load) -> list[Term]:
+    return [] if load.offload else [_share("gradients", load.kept, trainable(shape, load), load)]
 
 
-def optimizer_step_term(shape: Shape, load: Load) -> Term:
-    """AdamW works on all parameters at one time and needs one more copy of them."""
-    trained = trainable(shape, load)
-    return Term(
-        "copy for AdamW", FLOAT * trained // load.ranks, f"4 bytes x {billions(trained)} / {load.ranks}, briefly"
-    )
+def optimizer_step_terms(shape: Shape, load: Load) -> list[Term]:
+    """AdamW works on all parameters at one time and needs one more copy of them, CompensatedAdamW on one, of which the
+    head is the largest."""
+    if load.offload:
+        return []
+    if load.kept == FLOAT:
+        return [_share("copy for AdamW", FLOAT, trainable(shape, load), load)]
+    return [_share("copies of the head", STEP_COPIES * FLOAT, shape.head, load)]
+
+
+def offloaded(shape: Shape, load: Load) -> int:
+    """Bytes that a rank has in main memory in place of the GPU's, at their peak."""
+    there = replace(load, offload=False)
+    return total([*state_terms(shape, there), *gradient_terms(shape, there), *optimizer_step_terms(shape, there)])
+
+
+def _share(name: str, width: int, count: int, load: Load, written: str | None = None) -> Term:
+    """`width` bytes for each of `count` parameters, shared by the ranks."""
+    how = f"{written or width} bytes x {billions(count)} / {load.ranks}"
+    return Term(name, width * count // load.ranks, how)
 
 
 def gathered_term(shape: Shape, load: Load, reshard: bool) -> Term:

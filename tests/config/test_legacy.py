@@ -120,13 +120,26 @@ def test_a_kl_in_the_reward_and_a_critic():
         "examples/config.yaml",
         "algorithm.use_kl_loss=false algorithm.kl_penalty=kl algorithm.kl_coef=0.002 algorithm.kl_type=adaptive "
         "algorithm.kl_horizon=500.0 algorithm.adv_estimator=gae algorithm.lam=0.95 trainer.critic_warmup=3 "
-        "worker.critic.optim.lr=2e-6 worker.critic.cliprange_value=0.3 worker.critic.model.model_path=c".split(),
+        "worker.critic.optim.lr=2e-6 worker.critic.cliprange_value=0.3 worker.critic.model.model_path=c "
+        "worker.critic.offload.offload_params=true worker.critic.offload.offload_optimizer=false".split(),
     )
     kl, critic = config.algorithm.reward_kl, config.worker.critic
     assert (kl.coef, kl.estimator, kl.controller, kl.horizon, kl.target) == (0.002, "k1", "adaptive", 500, 0.1)
     assert "ref_kl" not in config.algorithm.terms
     assert (config.algorithm.adv_estimator, config.algorithm.lam, config.trainer.critic_warmup) == ("gae", 0.95, 3)
     assert (critic.optim.lr, critic.cliprange_value, critic.model_path) == (2e-6, 0.3, "c")
+    assert critic.fsdp.cpu_offload and not config.worker.actor.fsdp.cpu_offload
+
+
+@pytest.mark.parametrize("key", ["offload.offload_params", "offload.offload_optimizer", "fsdp.enable_cpu_offload"])
+def test_each_way_of_offloading_is_one_here(key):
+    for role in ("actor", "ref"):
+        line = [f"worker.{role}.{key}=true", "worker.actor.optim.strategy=adamw_bf16"]
+        worker = compose_legacy("examples/config.yaml", line).worker
+        offloaded = {name: getattr(worker, name).fsdp.cpu_offload for name in ("actor", "ref")}
+        assert offloaded == {name: name == role for name in ("actor", "ref")}
+        assert worker.actor.optim.strategy == "adamw_bf16" and worker.critic.optim.strategy == "adamw"
+        assert translate_overrides(line) == [f"worker.{role}.fsdp.cpu_offload=true", line[1]]
 
 
 def test_lora():
@@ -268,6 +281,7 @@ def test_a_converted_file_composes_to_the_same_config(tmp_path, capsys):
     assert translated.algorithm.adv_estimator == "rloo" and translated.data.prompt_key == "question"
     assert (translated.data.seed, translated.worker.rollout.seed) == (7, 1)
     assert (actor.optim.lr, actor.optim.lr_warmup_steps, actor.model.trust_remote_code) == (2e-6, 10, True)
+    assert (actor.optim.strategy, actor.fsdp.cpu_offload) == ("adamw_bf16", True)
     assert (actor.fsdp.reshard_after_forward, translated.worker.ref.fsdp.reshard_after_forward) == (False, True)
     sampling = translated.worker.rollout.val_override_config
     assert (sampling.n, sampling.temperature, sampling.top_p) == (8, 0.5, None)

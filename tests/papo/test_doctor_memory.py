@@ -16,14 +16,16 @@ from papo.doctor.fit import compute
 from papo.doctor.memory import (
     LOGIT_BYTES,
     LOGIT_BYTES_NO_GRAD,
+    STEP_COPIES,
     Load,
     activation_terms,
     gathered_gradient_term,
     gathered_term,
-    gradient_term,
+    gradient_terms,
     logits_term,
     mask_term,
-    optimizer_step_term,
+    offloaded,
+    optimizer_step_terms,
     pass_terms,
     state_terms,
     text_kept,
@@ -37,6 +39,7 @@ from tests.fakes.models import qwen_3b, qwen_7b
 from verl.config.compose import compose_config
 from verl.config.worker import LoRAConfig
 from verl.models.log_probs import chunked_entropy, chunked_kl, chunked_log_probs
+from verl.workers.actor.compensated_adamw import CompensatedAdamW
 
 GIB = 2**30
 
@@ -99,10 +102,30 @@ def test_states_of_the_7b_model_on_8_gpus(shape_7b):
     weights, optimizer = state_terms(shape_7b, LOAD)
     assert weights.bytes == 4 * 8_292_166_656 // 8 == 4_146_083_328
     assert optimizer.bytes == 8_292_166_656
-    assert gradient_term(shape_7b, LOAD).bytes == optimizer_step_term(shape_7b, LOAD).bytes == 4_146_083_328
+    assert total(gradient_terms(shape_7b, LOAD)) == total(optimizer_step_terms(shape_7b, LOAD)) == 4_146_083_328
     frozen = replace(LOAD, frozen_vision=True)
-    assert gradient_term(shape_7b, frozen).bytes == 4 * (8_292_166_656 - vision_by_hand(3584)) // 8
+    assert total(gradient_terms(shape_7b, frozen)) == 4 * (8_292_166_656 - vision_by_hand(3584)) // 8
     assert state_terms(shape_7b, frozen)[0].bytes == weights.bytes
+
+
+def test_states_in_bfloat16_and_in_main_memory(shape_7b):
+    narrow = replace(LOAD, kept=2)
+    weights, optimizer = state_terms(shape_7b, narrow)
+    assert weights.bytes == total(gradient_terms(shape_7b, narrow)) == 2 * 8_292_166_656 // 8
+    assert optimizer.bytes == 3 * 2 * 8_292_166_656 // 8 and optimizer.how == "3 x 2 bytes x 8.29B / 8"
+    (copies,) = optimizer_step_terms(shape_7b, narrow)
+    assert copies.bytes == STEP_COPIES * 4 * 152064 * 3584 // 8
+    away = replace(narrow, offload=True)
+    kinds = (state_terms, gradient_terms, optimizer_step_terms)
+    assert not any(kind(shape_7b, away) for kind in kinds)
+    assert offloaded(shape_7b, away) == 5 * weights.bytes + copies.bytes
+
+
+def test_copies_of_a_bfloat16_step_are_those_that_torch_makes():
+    layer = torch.nn.Linear(500, 400, bias=False, dtype=torch.bfloat16)
+    layer.weight.grad = torch.randn_like(layer.weight)
+    optimizer = CompensatedAdamW(layer.parameters(), 1e-6, (0.9, 0.999), 1e-8, 0.01)
+    assert peak(optimizer.step, layer) / (4 * 400 * 500) == pytest.approx(STEP_COPIES, rel=0.05)
 
 
 def test_gathered_weights_and_gradients(shape_7b):
@@ -357,6 +380,26 @@ def test_lora_trains_adapters_alone_and_has_no_reference_of_its_own(shape_7b):
     critic = compute_7b(shape, "worker.actor.model.lora.rank=64", "algorithm.adv_estimator=gae")
     whole = next(role for role in critic.roles if role.name == "critic")
     assert total(list(whole.terms)) == total(state_terms(shape_7b, LOAD))
+
+
+def test_offloading_and_bfloat16_lighten_the_phases(shape_7b):
+    def phases(*more: str) -> dict[str, dict[str, int]]:
+        return {phase.name: dict(phase.parts) for phase in compute_7b(shape_7b, *more).phases}
+
+    plain, reference = phases(), 2 * 8_292_166_656 // 8
+    assert plain["generation"]["reference"] == reference  # kept as its forward computes
+    narrow = phases("worker.actor.optim.strategy=adamw_bf16")
+    assert narrow["generation"]["actor"] == 4 * reference
+    away = phases("worker.actor.fsdp.cpu_offload=true", "worker.ref.fsdp.cpu_offload=true")
+    assert "actor" not in away["generation"] and "reference" not in away["generation"]
+    states = 12 * 8_292_166_656 // 8
+    assert away["update"]["actor"] == plain["update"]["actor"] - states - 4 * 8_292_166_656 // 8
+    assert not set(away["optimizer step"]) - {"processes"}
+    found = compute_7b(shape_7b, "worker.actor.fsdp.cpu_offload=true", "worker.ref.fsdp.cpu_offload=true")
+    assert found.offloaded == 8 * (20 * 8_292_166_656 // 8 + reference)
+    critic = compute_7b(shape_7b, "algorithm.adv_estimator=gae", "worker.critic.fsdp.cpu_offload=true")
+    assert critic.offloaded == 20 * 8_292_166_656
+    assert "critic" not in dict(critic.phases[0].parts) and "actor" in dict(critic.phases[0].parts)
 
 
 def test_on_cpu_all_ranks_share_main_memory(shape_7b):

@@ -10,8 +10,8 @@ from typing import Any
 
 from verl.config.legacy_rule import Changes, Old, Rule, choice, no_effect, only, refusal, renamed, same
 
-FLOAT32 = "weights and optimizer states are float32 here, compute is bfloat16 on GPUs: more memory than with bf16"
-OFFLOAD = "nothing is moved to the CPU's memory in this version: it takes more of the GPU's"
+STORED = "what weights are kept in follows from worker.actor.optim.strategy, and a reference's from its compute dtype"
+OFFLOAD_KEYS = ("fsdp.enable_cpu_offload", "offload.offload_params", "offload.offload_optimizer")
 LORA = "worker.actor.model.lora"
 UNLIMITED = 1_000_000  # generations for a step; a run that needs so many never ends anyway
 
@@ -28,7 +28,8 @@ def _critic(given: Mapping[str, Any]) -> Changes:
     names += ("micro_batch_size_per_device_for_update", "micro_batch_size_per_device_for_experience")
     nested = {
         "model": {"model_path": "model_path"},
-        "optim": {n: f"optim.{n}" for n in ("lr", "betas", "weight_decay")},
+        "optim": {n: f"optim.{n}" for n in ("lr", "betas", "weight_decay", "strategy")},
+        "offload": dict.fromkeys(("offload_params", "offload_optimizer"), "fsdp.cpu_offload"),
     }
     changes = {}
     for name, value in given.items():
@@ -38,7 +39,8 @@ def _critic(given: Mapping[str, Any]) -> Changes:
             if key not in known:
                 where = f"worker.critic.{name}.{key}" if name in nested else f"worker.critic.{key}"
                 raise refusal(where, own, "leave it out: the critic's other settings are the actor's")
-            changes[f"worker.critic.{known[key]}"] = own
+            here = f"worker.critic.{known[key]}"
+            changes[here] = changes.get(here) or own  # one switch here where upstream has two
     return changes
 
 
@@ -141,21 +143,26 @@ def _reward_function(old: Old) -> Changes:
     return {"worker.reward.reward_function": function}
 
 
+def _offload(role: str) -> Rule:
+    """Upstream moves weights and optimizer states to and fro on their own; here they are in main memory together."""
+    keys, here = [f"worker.{role}.{key}" for key in OFFLOAD_KEYS], f"worker.{role}.fsdp.cpu_offload"
+    defaults = dict.fromkeys(keys, False)
+    return Rule(defaults, lambda old: {here: any(old[key] for key in keys)}, plain=dict.fromkeys(keys, here))
+
+
 def _fsdp(role: str) -> list[Rule]:
     where = f"worker.{role}.fsdp"
     precise = {"bf16": "auto", "bfloat16": "auto", "fp32": "float32", "float32": "float32"}
     return [
         renamed(f"{where}.enable_full_shard", f"{where}.reshard_after_forward", True),
-        no_effect(f"{where}.enable_cpu_offload", False, OFFLOAD),
+        _offload(role),
         no_effect(f"{where}.enable_rank0_init", True, "rank 0 reads the weights and gives the others their shards"),
         no_effect(f"{where}.use_orig_params", False, "FSDP2 always does"),
-        no_effect(f"{where}.torch_dtype", None, FLOAT32),
+        no_effect(f"{where}.torch_dtype", None, STORED),
         only(f"{where}.fsdp_size", -1, (-1,), "weights are sharded over all ranks"),
         choice(f"{where}.mp_param_dtype", f"{where}.compute_dtype", "bf16", precise, "bf16 and fp32 are known"),
         only(f"{where}.mp_reduce_dtype", "fp32", ("fp32", "float32"), "gradients are reduced in float32"),
         no_effect(f"{where}.mp_buffer_dtype", "fp32", "buffers keep the model's own precision"),
-        no_effect(f"worker.{role}.offload.offload_params", False, OFFLOAD),
-        no_effect(f"worker.{role}.offload.offload_optimizer", False, OFFLOAD),
         no_effect(f"worker.{role}.strategy", "fsdp", "it is FSDP2"),
     ]
 
@@ -251,7 +258,7 @@ ACTOR = [
     same("worker.actor.optim.lr", 1e-6),
     same("worker.actor.optim.betas", [0.9, 0.999]),
     same("worker.actor.optim.weight_decay", 1e-2),
-    no_effect("worker.actor.optim.strategy", "adamw", FLOAT32),
+    same("worker.actor.optim.strategy", "adamw"),
     Rule({"worker.actor.optim.lr_warmup_steps": None, "worker.actor.optim.lr_warmup_ratio": 0.0}, _warmup),
     renamed("worker.actor.optim.min_lr_ratio", "worker.actor.optim.min_lr_ratio", None, lambda ratio: ratio or 0.0),
     same("worker.actor.optim.lr_scheduler_type", "constant"),

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from verl.config.algorithm import OldLogProbs, Truncation
 from verl.config.config import Config
 from verl.config.sizes import compute_sizes
+from verl.config.worker import ComputeDtype, OptimStrategy
 
 POSITIVE = (
     "data.max_prompt_length",
@@ -53,6 +54,7 @@ def validate(config: Config) -> None:
     """
     _check_positive(config, POSITIVE)
     _check_values(config)
+    _check_optimizers(config)
     _check_rollout(config)
     _check_lora(config)
     _check_algorithm(config)
@@ -119,6 +121,16 @@ def _check_saving(config: Config) -> None:
             f"trainer.resume={trainer.resume} with trainer.val_only=true: to validate a checkpoint, export it and "
             "give the folder as worker.actor.model.model_path"
         )
+
+
+def _check_optimizers(config: Config) -> None:
+    for role in ("actor", "critic"):
+        part = getattr(config.worker, role)
+        if part.optim.strategy == OptimStrategy.adamw_bf16 and part.fsdp.compute_dtype == ComputeDtype.float32:
+            raise ValueError(
+                f"worker.{role}.optim.strategy=adamw_bf16 keeps weights in bfloat16, which worker.{role}.fsdp."
+                "compute_dtype=float32 cannot make finer: use auto or bfloat16, or strategy=adamw"
+            )
 
 
 def _check_rollout(config: Config) -> None:

@@ -18,8 +18,15 @@ class LRSchedule(StrEnum):
     cosine = "cosine"
 
 
+class OptimStrategy(StrEnum):
+    """What weights, gradients and optimizer states are kept in."""
+
+    adamw = "adamw"  # float32
+    adamw_bf16 = "adamw_bf16"  # bfloat16, with a third state for what the weights cannot take
+
+
 class ComputeDtype(StrEnum):
-    """Precision of forward and backward; weights and optimizer states stay in float32."""
+    """Precision of forward and backward; what weights are kept in is `optim.strategy`."""
 
     auto = "auto"  # bfloat16 on GPUs, float32 on CPU
     float32 = "float32"
@@ -57,6 +64,7 @@ class ModelConfig:
 class OptimConfig:
     """AdamW. The warm-up is linear, over `lr_warmup_steps` optimizer updates."""
 
+    strategy: OptimStrategy = OptimStrategy.adamw
     lr: float = 1e-6
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
@@ -72,11 +80,15 @@ class FSDPConfig:
 
     Blocks with fewer than `min_block_params` parameters are not sharded on their own but with the whole, since
     a gather costs more than it saves on small blocks.
+
+    `cpu_offload` keeps weights, gradients and optimizer states in main memory, and the optimizer's step runs there:
+    much less GPU memory, slower updates.
     """
 
     compute_dtype: ComputeDtype = ComputeDtype.auto
     reshard_after_forward: bool = True
     min_block_params: int = 0
+    cpu_offload: bool = False
 
 
 @dataclass

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from verl.config.worker import LoRAConfig
@@ -52,8 +53,8 @@ def adapter_parameters(inner: nn.Module, lora: LoRAConfig) -> int:
     return sum(lora.rank * (layer.in_features + layer.out_features) for layer in layers)
 
 
-def add_adapter(inner: nn.Module, lora: LoRAConfig, model_path: str) -> None:
-    """Freeze the model and put an adapter, in float32 and without effect yet, into the layers that `lora` names.
+def add_adapter(inner: nn.Module, lora: LoRAConfig, model_path: str, dtype: torch.dtype) -> None:
+    """Freeze the model and put an adapter, in `dtype` and without effect yet, into the layers that `lora` names.
 
     Args:
         model_path: of the model; stands in the saved adapter.
@@ -70,7 +71,7 @@ def add_adapter(inner: nn.Module, lora: LoRAConfig, model_path: str) -> None:
     inject_adapter_in_model(config, inner, ADAPTER)
     for weight in inner.parameters():
         if weight.requires_grad:
-            weight.data = weight.data.float()
+            weight.data = weight.data.to(dtype)
     if lora.vision_tower:
         # Else the first block's input has a gradient on ranks with images alone (embeddings are frozen), and FSDP
         # reduces in another order there than on ranks without: they would wait for each other for ever.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -27,7 +28,7 @@ from verl.protocol import DataProto
 from verl.utils.process import prepare_gloo, start_model_worker
 from verl.workers.actor.dp_actor import DataParallelActor, compute_log_probs
 from verl.workers.actor.forward import ORIGINAL
-from verl.workers.actor.optim import build_optimizer, build_schedule
+from verl.workers.actor.optim import build_optimizer, build_schedule, weight_dtype
 from verl.workers.critic.dp_critic import DataParallelCritic
 from verl.workers.fsdp.checkpoint import StateWriter, load_state, model_tensors, optimizer_tensors, plain_state
 from verl.workers.fsdp.export import plain_weights, save_description, save_huggingface
@@ -67,6 +68,9 @@ class ModelWorker:
             self.store = dist.TCPStore(host, port, self.world_size, is_master=False)
         prepare_gloo(host)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
+        worker = self.config.worker
+        if backend == "nccl" and any(part.fsdp.cpu_offload for part in (worker.actor, worker.ref, worker.critic)):
+            backend = "cpu:gloo,cuda:nccl"  # gradient norms and full weights are gathered from main memory
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world_size)
 
     def training(self) -> GuardedStep:
@@ -119,11 +123,12 @@ class ModelWorker:
 class PolicyWorker(ModelWorker):
     """A rank of a policy."""
 
-    def load(self, model: ModelConfig, fsdp: FSDPConfig) -> None:
-        """Load and shard the model. All ranks call this together."""
+    def load(self, model: ModelConfig, fsdp: FSDPConfig, dtype: torch.dtype) -> None:
+        """Load and shard the model, weights in `dtype`. All ranks call this together."""
         special = load_special_tokens(model.model_path, model.trust_remote_code)
         chunk = self.config.worker.actor.logits_chunk_size
-        self.policy = build_sharded(model, fsdp, lambda inner: PolicyModel(inner, special.banned, chunk), self.device)
+        wrap = partial(PolicyModel, banned=special.banned, logits_chunk_size=chunk)
+        self.policy = build_sharded(model, fsdp, wrap, self.device, dtype)
 
     def compute_log_probs(self, batch: DataProto, view: str) -> DataProto:
         """`log_probs` [B, R] of this rank's rows under `view`, without gradient."""
@@ -148,7 +153,8 @@ class ReferenceWorker(PolicyWorker):
             enable_gradient_checkpointing=False,
             lora=LoRAConfig(),
         )
-        self.load(frozen, ref.fsdp)
+        # Weights that are not trained lose nothing by being kept as the forward wants them.
+        self.load(frozen, ref.fsdp, resolve_dtype(ref.fsdp.compute_dtype, self.device.type))
         self.policy.requires_grad_(False)
 
 
@@ -164,7 +170,7 @@ class CriticWorker(ModelWorker):
             enable_gradient_checkpointing=critic.enable_gradient_checkpointing,
             lora=LoRAConfig(),  # an adapter is the actor's alone
         )
-        values = build_sharded(model, critic.fsdp, ValueModel, self.device)
+        values = build_sharded(model, critic.fsdp, ValueModel, self.device, weight_dtype(critic.optim))
         optimizer = build_optimizer([p for p in values.parameters() if p.requires_grad], critic.optim)
         schedule = build_schedule(optimizer, critic.optim, total_updates)
         longest = self.config.data.max_response_length
@@ -195,7 +201,7 @@ class ActorWorker(PolicyWorker):
     def build(self, total_updates: int) -> int:
         """Load model and optimizer; returns the model's number of parameters."""
         actor, algorithm = self.config.worker.actor, self.config.algorithm
-        self.load(actor.model, actor.fsdp)
+        self.load(actor.model, actor.fsdp, weight_dtype(actor.optim))
         terms = build_terms(algorithm.terms)
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
         optimizer = build_optimizer(trainable, actor.optim)
@@ -266,7 +272,7 @@ class ActorWorker(PolicyWorker):
     @torch.no_grad()
     def send_bucket(self, layout: BucketLayout) -> Any:
         """Gather one bucket's weights from all ranks, which call this together, and hand them to the carrier."""
-        weights = (self.sent_weights[entry.name].whole() for entry in layout.entries)
+        weights = (self.sent_weights[entry.name].whole(self.device) for entry in layout.entries)
         if not self.carrier.every_rank and self.rank != 0:
             for _ in weights:
                 pass

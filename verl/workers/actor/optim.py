@@ -8,14 +8,22 @@ from collections.abc import Callable
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from verl.config.worker import LRSchedule, OptimConfig
+from verl.config.worker import LRSchedule, OptimConfig, OptimStrategy
+from verl.workers.actor.compensated_adamw import CompensatedAdamW
+
+OPTIMIZERS = {OptimStrategy.adamw: torch.optim.AdamW, OptimStrategy.adamw_bf16: CompensatedAdamW}
 
 
-def build_optimizer(parameters: list[torch.nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over `parameters`."""
-    return torch.optim.AdamW(
+def build_optimizer(parameters: list[torch.nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer of `config.strategy` over `parameters`."""
+    return OPTIMIZERS[config.strategy](
         parameters, lr=config.lr, betas=tuple(config.betas), eps=config.eps, weight_decay=config.weight_decay
     )
+
+
+def weight_dtype(config: OptimConfig) -> torch.dtype:
+    """What trained weights are kept in."""
+    return torch.bfloat16 if config.strategy == OptimStrategy.adamw_bf16 else torch.float32
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, total_updates: int) -> LambdaLR:

@@ -35,12 +35,13 @@ class Weight:
     scale: float = 0.0
 
     @torch.no_grad()
-    def whole(self) -> torch.Tensor:
-        """Gathered from all ranks, which must call this together; with an adapter merged, in float32."""
-        weight = whole(self.stored)
+    def whole(self, device: torch.device | None = None) -> torch.Tensor:
+        """Gathered from all ranks, which must call this together; with an adapter merged, in float32. On `device`
+        rather than where the shards are."""
+        weight = whole(self.stored, device)
         if self.down is None:
             return weight
-        return weight.float() + self.scale * (whole(self.up).float() @ whole(self.down).float())
+        return weight.float() + self.scale * (whole(self.up, device).float() @ whole(self.down, device).float())
 
 
 def plain_weights(inner: nn.Module) -> dict[str, Weight]:
@@ -58,8 +59,8 @@ def plain_weights(inner: nn.Module) -> dict[str, Weight]:
 
 
 def save_huggingface(policy: PolicyModel, model: ModelConfig, path: str) -> None:
-    """Write weights (float32), config, processor and sampling defaults to `path`, whole or not at all. With LoRA the
-    weights are merged ones, and the adapter alone lies in peft's format in the sub-folder `adapter`.
+    """Write the weights as they are kept, config, processor and sampling defaults to `path`, whole or not at all. With
+    LoRA the weights are merged ones in float32, and the adapter lies in peft's format in the sub-folder `adapter`.
 
     All ranks call this together, since gathering the weights takes all of them; rank 0 writes.
     """
@@ -71,11 +72,13 @@ def save_huggingface(policy: PolicyModel, model: ModelConfig, path: str) -> None
     if dist.get_rank() != 0:
         return
     with atomic_path(path) as temporary:
+        if adapter:
+            weights = {name: weight.float() for name, weight in weights.items()}
         inner.save_pretrained(temporary, state_dict=weights)
-        inner.config.dtype = torch.float32  # save_pretrained takes that of a frozen base, which may be another one
-        inner.config.save_pretrained(temporary)
         save_processor(model, temporary)
         if adapter:
+            inner.config.dtype = torch.float32  # save_pretrained takes that of a frozen base, which may be another one
+            inner.config.save_pretrained(temporary)
             _save_adapter(inner, adapter, os.path.join(temporary, ADAPTER_FOLDER))
     logger.info("saved the policy to %s", path)
 
@@ -107,10 +110,10 @@ def _save_adapter(inner: nn.Module, weights: dict[str, torch.Tensor], folder: st
 
 
 def _on_rank_0(weights: dict[str, Weight]) -> dict[str, torch.Tensor]:
-    """One after the other gathered by all ranks; kept by rank 0, in float32 on CPU. {} on the other ranks."""
+    """One after the other gathered by all ranks; kept by rank 0, on CPU. {} on the other ranks."""
     found = {}
     for name, weight in weights.items():
         full = weight.whole()
         if dist.get_rank() == 0:
-            found[name] = full.float().cpu().contiguous()
+            found[name] = full.cpu().contiguous()
     return found

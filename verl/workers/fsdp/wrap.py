@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from verl.config.worker import FSDPConfig, ModelConfig
@@ -26,18 +26,23 @@ WrappedModel = TypeVar("WrappedModel", PolicyModel, ValueModel)
 
 
 def build_sharded(
-    model: ModelConfig, fsdp: FSDPConfig, wrap: Callable[[nn.Module], WrappedModel], device: torch.device
+    model: ModelConfig,
+    fsdp: FSDPConfig,
+    wrap: Callable[[nn.Module], WrappedModel],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> WrappedModel:
-    """`wrap` of the Hugging Face model, sharded over all ranks, float32 weights, forward in the compute dtype.
+    """`wrap` of the Hugging Face model, sharded over all ranks, forward in the compute dtype. Weights that are trained
+    are kept in `dtype`.
 
     Only rank 0 reads the weights; the others get their shards from it.
     """
-    # Float32 is for weights that small updates add up in. Below adapters they are frozen: in the dtype that they
-    # compute in they take half the memory on GPUs, and give the same forward.
-    dtype = resolve_dtype(fsdp.compute_dtype, device.type) if model.lora.rank else torch.float32
+    # Below adapters weights are frozen: in the dtype that they compute in they take half the memory on GPUs, and give
+    # the same forward.
+    kept = resolve_dtype(fsdp.compute_dtype, device.type) if model.lora.rank else dtype
     inner = load_model(
         model.model_path,
-        dtype,
+        kept,
         model.attn_implementation,
         model.trust_remote_code,
         empty=dist.get_rank() != 0,
@@ -47,7 +52,7 @@ def build_sharded(
     if model.freeze_vision_tower:
         inner.model.visual.requires_grad_(False)
     if model.lora.rank:
-        add_adapter(inner, model.lora, model.model_path)
+        add_adapter(inner, model.lora, model.model_path, dtype)
     wrapped = wrap(inner)
     weights = wrapped.state_dict() if dist.get_rank() == 0 else {}
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -64,6 +69,8 @@ def shard(wrapped: WrappedModel, mesh: DeviceMesh, config: FSDPConfig) -> None:
     dtype = resolve_dtype(config.compute_dtype, mesh.device_type)
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     options = {"mesh": mesh, "mp_policy": mixed, "reshard_after_forward": config.reshard_after_forward}
+    if config.cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     block_names = set(wrapped.inner._no_split_modules)
     for module in list(wrapped.modules()):
         if type(module).__name__ in block_names:
@@ -77,6 +84,7 @@ def shard(wrapped: WrappedModel, mesh: DeviceMesh, config: FSDPConfig) -> None:
     fully_shard(wrapped, **options)
 
 
-def whole(weight: torch.Tensor) -> torch.Tensor:
-    """A weight gathered from all ranks, which must call this together."""
+def whole(weight: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """A weight gathered from all ranks, which must call this together; on `device` rather than where its shards are."""
+    weight = weight if device is None else weight.to(device)
     return weight.full_tensor() if isinstance(weight, DTensor) else weight

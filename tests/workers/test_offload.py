@@ -1,0 +1,104 @@
+"""Weights, gradients and optimizer states in main memory, and in bfloat16: the whole worker, on two ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from tests.fakes.actors import on_ranks
+from tests.fakes.rollouts import make_batch
+from verl.config.compose import compose_config
+from verl.workers.model_worker import ActorWorker, CriticWorker, ReferenceWorker
+
+OFFLOAD = [f"worker.{role}.fsdp.cpu_offload=true" for role in ("actor", "ref", "critic")]
+BF16 = [f"worker.{role}.optim.strategy=adamw_bf16" for role in ("actor", "critic")]
+
+
+def train(rank: int, assets: Path, out: Path, *variants: list[str]) -> list[dict[str, object]]:
+    """Two steps of an actor's rank in each variant, saved to out/0, out/1, ...: what an engine would get, metrics,
+    dtypes."""
+    return [_train(rank, assets, str(out / str(i)), variant) for i, variant in enumerate(variants)]
+
+
+def _train(rank: int, assets: Path, out: str, overrides: list[str]) -> dict[str, object]:
+    config = compose_config(
+        "papo_grpo",
+        [
+            f"worker.actor.model.model_path={assets / 'model'}",
+            "worker.actor.optim.lr=0.001",
+            "worker.rollout.sync_bucket_mb=1",
+            "data.max_response_length=10",
+            *overrides,
+        ],
+    )
+    worker = ActorWorker("actor", config, rank, 2, "cpu", 1)
+    worker.build(total_updates=2)
+    rows = make_batch(assets).chunk(2)[rank]
+    metrics = [worker.update_policy(rows, 1, step, 2, 1.0).result() for step in (1, 2)]
+    worker.send_through("object_store")
+    sent = {}
+    for layout in worker.plan_weights():
+        data = worker.send_bucket(layout)
+        if rank == 0:
+            sent |= {name: weight.clone() for name, weight in layout.unpack(torch.from_numpy(data.copy()))}
+    worker.save_huggingface(out)
+    return {
+        "sent": sent,
+        "norms": [step["actor/grad_norm"] for step in metrics],
+        "log_probs": worker.compute_log_probs(rows, "")["log_probs"],
+        "dtypes": {p.dtype for p in worker.policy.parameters()},
+    }
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").state_dict()
+
+
+def test_offloaded_updates_are_bit_for_bit_those_without_and_bfloat16_takes_the_same_steps(assets, tmp_path):
+    plain, offloaded, narrow = on_ranks(2, train, assets, tmp_path, [], OFFLOAD, [*BF16, *OFFLOAD])[0]
+    assert offloaded["norms"] == plain["norms"] and torch.equal(offloaded["log_probs"], plain["log_probs"])
+    assert offloaded["sent"].keys() == plain["sent"].keys() and len(plain["sent"]) > 20
+    before, saved, saved_narrow = read(assets / "model"), read(tmp_path / "1"), read(tmp_path / "2")
+    moved = missed = 0.0
+    for name, weight in plain["sent"].items():
+        assert torch.equal(offloaded["sent"][name], weight) and torch.equal(saved[name], weight), name
+        assert saved_narrow[name].dtype == torch.bfloat16
+        assert torch.equal(saved_narrow[name].float(), narrow["sent"][name]), name
+        moved += (weight - before[name]).abs().sum().item()
+        missed += (narrow["sent"][name] - weight).abs().sum().item()
+    assert missed < 0.25 * moved
+    assert plain["dtypes"] == {torch.float32} and narrow["dtypes"] == {torch.bfloat16}
+    assert narrow["norms"] == pytest.approx(plain["norms"], rel=0.05)
+
+
+def others(rank: int, assets: Path, *variants: list[str]) -> list[tuple[torch.Tensor, torch.Tensor, set[torch.dtype]]]:
+    """In each variant (log-probs of the reference, values after two updates of the critic, the reference's dtypes)."""
+    return [_others(rank, assets, variant) for variant in variants]
+
+
+def _others(rank: int, assets: Path, overrides: list[str]) -> tuple[torch.Tensor, torch.Tensor, set[torch.dtype]]:
+    config = compose_config(
+        "grpo", [f"worker.actor.model.model_path={assets / 'model'}", "worker.critic.optim.lr=0.01", *overrides]
+    )
+    reference, critic = (kind(kind.__name__, config, rank, 2, "cpu", 1) for kind in (ReferenceWorker, CriticWorker))
+    reference.build()
+    critic.build(total_updates=2)
+    rows = make_batch(assets).chunk(2)[rank]
+    rows = rows.with_columns({"values": torch.zeros_like(rows["advantages"]), "returns": rows["advantages"]})
+    for _ in range(2):
+        critic.update_critic(rows, 1)
+    log_probs = reference.compute_log_probs(rows, "")["log_probs"]
+    return log_probs, critic.compute_values(rows)["values"], {p.dtype for p in reference.policy.parameters()}
+
+
+def test_reference_and_critic_are_offloaded_and_narrowed_too(assets):
+    narrowed = [*BF16, "worker.ref.fsdp.compute_dtype=bfloat16"]
+    plain, offloaded, narrow = on_ranks(2, others, assets, [], OFFLOAD, narrowed)[0]
+    (log_probs, values, dtypes), valid = plain, plain[1] != 0
+    assert torch.equal(offloaded[0], log_probs) and torch.equal(offloaded[1], values) and values.abs().max() > 0.01
+    assert dtypes == {torch.float32}  # as its forward computes here
+    assert narrow[2] == {torch.bfloat16} and (narrow[0] - log_probs).abs().max() < 0.1
+    assert torch.corrcoef(torch.stack([narrow[1][valid], values[valid]]))[0, 1] > 0.9
