@@ -39,7 +39,6 @@ REFUSED = {
     "worker.actor.fsdp.mp_param_dtype=fp16": "worker.actor.fsdp.mp_param_dtype=fp16",
     "worker.rollout.ignore_eos=true": "worker.rollout.ignore_eos=True",
     "worker.rollout.val_override_config.max_tokens=9": "val_override_config.max_tokens=9",
-    "worker.reward.reward_type=sequential": "worker.reward.reward_type=sequential.*list",
     "trainer.load_checkpoint_path=a/global_step_5": "trainer.load_checkpoint_path=a/global_step_5.*model_path",
     "trainer.val_freq=often": "trainer.val_freq=often: .*str",
     "worker.rollout.val_override_config=9": "worker.rollout.val_override_config=9: .*int",

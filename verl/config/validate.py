@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 
@@ -36,6 +37,10 @@ POSITIVE = (
     "worker.rollout.tensor_parallel_size",
     "worker.rollout.max_failures",
     "worker.rollout.sync_bucket_mb",
+    "worker.reward.timeout_s",
+    "worker.reward.batch_timeout_s",
+    "worker.reward.max_memory_gb",
+    "worker.reward.async_concurrency",
     "trainer.total_epochs",
     "trainer.max_try_make_batch",
     "trainer.nnodes",
@@ -53,6 +58,7 @@ def validate(config: Config) -> None:
     _check_positive(config, POSITIVE)
     _check_values(config)
     _check_rollout(config)
+    _check_reward(config)
     _check_algorithm(config)
     _check_files(config)
     compute_sizes(config)
@@ -128,6 +134,20 @@ def _check_rollout(config: Config) -> None:
             f"worker.rollout.max_model_len={rollout.max_model_len} is below data.max_prompt_length + "
             f"data.max_response_length = {longest}; raise it, or leave it out"
         )
+
+
+def _check_reward(config: Config) -> None:
+    reward = config.worker.reward
+    if reward.num_workers is not None and reward.num_workers < 1:
+        raise ValueError(f"worker.reward.num_workers={reward.num_workers}: 1 or more, or null")
+    if not 0 <= reward.max_failure_frac < 1:
+        raise ValueError(f"worker.reward.max_failure_frac={reward.max_failure_frac}: from 0 to below 1 is needed")
+    for key, part in reward.functions().items():
+        if not math.isfinite(part.weight):
+            raise ValueError(f"{key}.weight={part.weight}: a finite number is needed")
+    for name in reward.extra:
+        if name in ("overall", "main") or "." in name or "/" in name:
+            raise ValueError(f"worker.reward.extra.{name}: choose a name without . and /, other than overall and main")
 
 
 def _check_algorithm(config: Config) -> None:

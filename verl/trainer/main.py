@@ -19,6 +19,7 @@ from verl.single_controller.preflight import ClusterError
 from verl.trainer.plan import make_plan
 from verl.trainer.ray_trainer import RayTrainer
 from verl.utils.process import LOG_FORMAT, quiet_libraries
+from verl.workers.reward.base import RewardError
 
 logger = logging.getLogger("verl")
 
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     try:
         summary = trainer.fit()
-    except (ClusterError, ConnectionError) as error:
+    except (ClusterError, ConnectionError, RewardError) as error:
         sys.exit(f"error: {error}")
     for line in describe(summary, trainer.run_dir.path):
         logger.info(line)
