@@ -1,5 +1,5 @@
-"""Any of the framework's graders by its name, as in
-worker.reward.reward_function_kwargs='{grader: number, relative: 0.05, place: tag}'."""
+"""Any of the framework's graders by its name, as in +worker.reward.reward_function_kwargs.grader=number
++worker.reward.reward_function_kwargs.relative=0.05 +worker.reward.reward_function_kwargs.place=tag."""
 
 from __future__ import annotations
 

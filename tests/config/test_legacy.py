@@ -123,11 +123,13 @@ def test_old_files_take_new_keys_and_hydras_own():
             "+term@algorithm.terms.extra=entropy",
             "trainer.val_freq=-1",
             "worker.reward.reward_function=examples/reward_function/math.py",
+            "worker.reward.reward_type=sequential",
         ],
     )
     assert config.trainer.device == "cpu" and config.algorithm.terms["ref_kl"].coef == 0.5
     assert config.algorithm.terms["extra"].kind == "entropy" and config.trainer.val_freq == 0
     assert config.worker.reward.reward_function.endswith("math.py:main")
+    assert config.worker.reward.reward_type == "sequential"
 
 
 def test_presets_take_old_names_that_are_one_key_here(caplog):

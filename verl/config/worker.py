@@ -185,7 +185,8 @@ class RewardFunctionConfig:
 
 @dataclass
 class RewardConfig(RewardFunctionConfig):
-    """The reward, and further ones by name in `extra`: the overall reward is the weighted sum of all.
+    """The reward, and further ones by name in `extra` (`+reward@worker.reward.extra.NAME=function` adds one): the
+    overall reward is the weighted sum of all.
 
     They run in `num_workers` processes (null: half the cores of the node, from 1 to 8). One response may take
     `timeout_s` of work and a process `max_memory_gb`; a batch function's one call for all may take `batch_timeout_s`.
