@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import logging
 import os
 import resource
 import signal
 import sys
+import traceback
 from multiprocessing.connection import Connection
 
 from verl.config.worker import RewardConfig
 from verl.utils.process import start_logging
-from verl.workers.reward.functions import ContractError, RewardFunction, load_functions
+from verl.workers.reward.functions import LONGEST_TRACEBACK, ContractError, RewardFunction, load_functions
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -63,9 +63,11 @@ def main(descriptor: int, parent: int) -> None:
     limit_memory(config.max_memory_gb)
     try:
         functions = load_functions(config)
-    except BaseException as error:  # the user's file runs on import and may raise anything
-        logging.getLogger(__name__).debug("where it was raised", exc_info=True)
-        connection.send(f"{type(error).__name__}: {error}")
+    except (ValueError, FileNotFoundError) as error:
+        connection.send(str(error))
+        return
+    except BaseException:  # the user's file runs on import and may raise anything
+        connection.send(f"a reward function could not be imported\n{traceback.format_exc()[-LONGEST_TRACEBACK:]}")
         return
     connection.send({key: (f.type, f.concurrent) for key, f in functions.items()})
     serve(connection, functions, config.timeout_s)
