@@ -17,7 +17,7 @@ from verl.config.sizes import compute_sizes
 from verl.data.dataset import load_template
 from verl.trainer.main import parse
 from verl.trainer.plan import check
-from verl.workers.reward.manager import RewardManager
+from verl.workers.reward.functions import load_functions
 
 pytestmark = pytest.mark.usefixtures("in_repository")
 
@@ -110,7 +110,7 @@ def test_every_script_is_the_papers_setting(script, launch):
     thinking = "thinking" in name
     assert data.max_response_length == (8192 if thinking else 2048)
     assert config.worker.reward.reward_function.split("/")[-1].startswith("qwen3_vl_think" if thinking else "math")
-    RewardManager(config.worker.reward)  # the function is there
+    load_functions(config.worker.reward)  # the function is there
 
     dapo = "_dapo" in name
     assert (config.algorithm.online_filtering, data.mini_rollout_batch_size) == (dapo, 128 if dapo else None)

@@ -35,7 +35,9 @@ COLUMNS: dict[str, Column] = {
     "prompt_mask": Column("B P", torch.int64, "data", "rollout", "1 on prompt tokens"),
     "prompt_positions": Column("B 3 P", torch.int64, "data", "trainer", "mRoPE positions; text: three equal rows"),
     "responses": Column("B R", torch.int64, "rollout", "reward", "response tokens, right padded"),
-    "response_mask": Column("B R", torch.int64, "rollout", "all losses", "1 on response tokens, end token included"),
+    "response_mask": Column(
+        "B R", torch.int64, "rollout", "all losses", "1 on response tokens, end token included; update: of graded rows"
+    ),
     "rollout_log_probs": Column("B R", torch.float32, "rollout", "metrics", "log-probs as the engine sampled"),
     "weight_version": Column("B", torch.int64, "rollout", "metrics", "how many weight syncs the engine had taken"),
     "input_ids": Column("B L", torch.int64, "trainer", "passes, actor", "prompt and response"),
@@ -43,7 +45,7 @@ COLUMNS: dict[str, Column] = {
     "position_ids": Column("B 3 L", torch.int64, "trainer", "passes, actor", "mRoPE positions"),
     "old_log_probs": Column("B R", torch.float32, "passes", "policy term", "of the policy that begins the step"),
     "ref_log_probs": Column("B R", torch.float32, "passes", "ref_kl term, reward", "of the frozen reference"),
-    "baseline_scores": Column("B", torch.float32, "collect", "remax", "reward of the prompt's greedy response"),
+    "baseline_scores": Column("B", torch.float32, "collect", "remax", "reward of the prompt's greedy response, or NaN"),
     "rewards": Column("B R", torch.float32, "advantages", "advantage", "score at the last token, less a KL"),
     "scores": Column("B", torch.float32, "advantages", "advantage", "sum of a response's rewards"),
     "accuracy": Column("B", torch.float32, "reward", "terms", "its component accuracy, 0 where it has none"),

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import re
 
-from mathruler.grader import extract_boxed_content, grade_answer
+from mathruler.grader import extract_boxed_content
 
+from verl.workers.reward.graders import mathruler
+
+REWARD_TYPE = "sequential"
 ANSWER = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
 
 
@@ -28,13 +31,13 @@ def overlong(length: int, longest: int, buffer: int) -> float:
 
 
 def compute_score(
-    reward_inputs: list[dict],
+    reward_input: dict,
     max_response_length: int | None = None,
     overlong_buffer_length: int = 0,
     overlong_penalty_factor: float = 1.0,
-) -> list[dict[str, float]]:
-    """One score per response: `overall` is +1 or -1, plus `overlong` (-1 to 0) times its factor where a buffer is set.
-    `accuracy` is 0 or 1; `accuracy_normalized` is the same, under the name that old configs filter by.
+) -> dict[str, float]:
+    """`overall` is +1 or -1, plus `overlong` (-1 to 0) times its factor where a buffer is set. `accuracy` is 0 or 1;
+    `accuracy_normalized` is the same, under the name that old configs filter by.
 
     Raises:
         ValueError: a buffer that does not fit into max_response_length.
@@ -44,18 +47,13 @@ def compute_score(
             f"overlong_buffer_length={overlong_buffer_length}: from 0 (off) to "
             f"max_response_length={max_response_length}"
         )
-    scores = []
-    for reward_input in reward_inputs:
-        accuracy = float(grade_answer(answer(reward_input["response"]), reward_input["ground_truth"]))
-        too_long = 0.0
-        if overlong_buffer_length and max_response_length:
-            too_long = overlong(reward_input["response_length"], max_response_length, overlong_buffer_length)
-        scores.append(
-            {
-                "overall": 2 * accuracy - 1 + overlong_penalty_factor * too_long,
-                "accuracy": accuracy,
-                "accuracy_normalized": accuracy,
-                "overlong": too_long,
-            }
-        )
-    return scores
+    accuracy = mathruler(answer(reward_input["response"]), reward_input["ground_truth"])
+    too_long = 0.0
+    if overlong_buffer_length and max_response_length:
+        too_long = overlong(reward_input["response_length"], max_response_length, overlong_buffer_length)
+    return {
+        "overall": 2 * accuracy - 1 + overlong_penalty_factor * too_long,
+        "accuracy": accuracy,
+        "accuracy_normalized": accuracy,
+        "overlong": too_long,
+    }

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
+from mathruler.grader import extract_boxed_content
 
-from mathruler.grader import extract_boxed_content, grade_answer
+from verl.workers.reward.graders import close_tags, mathruler, thinks_and_boxes
 
-FORMAT = re.compile(r"<think>.*</think>.*\\boxed\{.*\}.*", re.DOTALL)
+REWARD_TYPE = "sequential"
 
 
-def compute_score(reward_inputs: list[dict], format_weight: float = 0.1) -> list[dict[str, float]]:
-    """One score per response: `accuracy` and `format` are 0 or 1, `overall` is their weighted sum."""
-    scores = []
-    for reward_input in reward_inputs:
-        # Models put spaces around the tags' brackets; they are no reason to fail the format.
-        response = re.sub(r"\s*(<|>|/)\s*", r"\1", reward_input["response"])
-        accuracy = float(grade_answer(extract_boxed_content(response), reward_input["ground_truth"]))
-        format_score = float(FORMAT.fullmatch(response) is not None)
-        overall = (1 - format_weight) * accuracy + format_weight * format_score
-        scores.append({"overall": overall, "accuracy": accuracy, "format": format_score})
-    return scores
+def compute_score(reward_input: dict, format_weight: float = 0.1) -> dict[str, float]:
+    """`accuracy` and `format` are 0 or 1, `overall` is their weighted sum."""
+    # Models put spaces around the tags' brackets; they are no reason to fail the format.
+    response = close_tags(reward_input["response"])
+    accuracy = mathruler(extract_boxed_content(response), reward_input["ground_truth"])
+    format_score = float(thinks_and_boxes(response))
+    overall = (1 - format_weight) * accuracy + format_weight * format_score
+    return {"overall": overall, "accuracy": accuracy, "format": format_score}

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import re
 
-from mathruler.grader import grade_answer
+from verl.workers.reward.graders import mathruler, tagged
 
-FORMAT = re.compile(r"<think>.*?</think>\s*<answer>(.*?)</answer>", re.DOTALL)
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+REWARD_TYPE = "sequential"
+BETWEEN = re.compile(r"</think>\s*<answer>")
 
 
-def compute_score(reward_inputs: list[dict], format_weight: float = 0.5) -> list[dict[str, float]]:
-    """One score per response: `accuracy` and `format` are 0 or 1, `overall` is their weighted sum."""
-    scores = []
-    for reward_input in reward_inputs:
-        response = reward_input["response"].strip()
-        found = ANSWER.search(response)
-        # Without tags the whole response stands for the answer: it may be right, in the wrong format.
-        answer = (found.group(1) if found else response).strip()
-        accuracy = float(grade_answer(answer, reward_input["ground_truth"].strip()))
-        format_score = float(FORMAT.fullmatch(response) is not None)
-        overall = (1 - format_weight) * accuracy + format_weight * format_score
-        scores.append({"overall": overall, "accuracy": accuracy, "format": format_score})
-    return scores
+def well_formed(response: str) -> bool:
+    """<think> ... </think><answer> ... </answer> and nothing before, between or behind."""
+    opening, closing = "<think>", "</answer>"
+    if not (response.startswith(opening) and response.endswith(closing)):
+        return False
+    return BETWEEN.search(response, len(opening), len(response) - len(closing)) is not None
+
+
+def compute_score(reward_input: dict, format_weight: float = 0.5) -> dict[str, float]:
+    """`accuracy` and `format` are 0 or 1, `overall` is their weighted sum."""
+    response = reward_input["response"].strip()
+    answer = tagged(response)
+    # Without tags the whole response stands for the answer: it may be right, in the wrong format.
+    accuracy = mathruler(response if answer is None else answer, reward_input["ground_truth"].strip())
+    format_score = float(well_formed(response))
+    overall = (1 - format_weight) * accuracy + format_weight * format_score
+    return {"overall": overall, "accuracy": accuracy, "format": format_score}

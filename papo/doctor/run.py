@@ -234,14 +234,15 @@ def _judge(key: str, text: str, rows: int, lengths: list[int], case: Case) -> It
 
 
 def check_reward(case: Case) -> Iterator[Finding]:
-    """The function imports. It is not called: what it costs or does is not known."""
-    from verl.workers.reward.manager import RewardManager
+    """The functions import. They are not called: what they cost or do is not known."""
+    from verl.workers.reward.functions import load_functions
 
     try:
-        manager = RewardManager(case.config.worker.reward)
+        functions = load_functions(case.config.worker.reward)
     except Exception as reason:  # the user's file runs on import and may raise anything
         known = isinstance(reason, (ValueError, FileNotFoundError))
         text = str(reason) if known else f"{case.config.worker.reward.reward_function}: {in_short(reason)}"
         yield error("reward", text, "worker.reward.reward_function=path/to/file.py:function")
         return
-    yield ok("reward", f"{manager.name} imports")
+    for function in functions.values():
+        yield ok("reward", f"{function.name} imports ({function.type})")

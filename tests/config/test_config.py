@@ -12,7 +12,8 @@ from verl.config.algorithm import ScheduleConfig, Shape
 from verl.config.compose import compose_config, presets
 from verl.config.config import Config
 from verl.config.sizes import compute_sizes
-from verl.trainer.plan import check, log_requirements
+from verl.config.worker import RewardFunctionConfig
+from verl.trainer.plan import check, log_requirements, make_paths_absolute
 from verl.workers.rollout import engines
 
 PATHS = ["data.train_files=a.parquet", "data.val_files=b.parquet", "worker.actor.model.model_path=somewhere"]
@@ -165,6 +166,14 @@ def test_unknown_presets_and_missing_values_are_named():
         (["algorithm.watchdog.window=0"], "algorithm.watchdog.window=0"),
         (["algorithm.watchdog.reduce_factor=1"], "algorithm.watchdog.reduce_factor=1.0"),
         (["worker.rollout.max_failures=0"], "max_failures=0"),
+        (["worker.reward.num_workers=0"], "worker.reward.num_workers=0: 1 or more, or null"),
+        (["worker.reward.timeout_s=0"], "worker.reward.timeout_s=0.0: a value above 0"),
+        (["worker.reward.max_failure_frac=1"], "worker.reward.max_failure_frac=1.0: from 0 to below 1"),
+        (["worker.reward.weight=nan"], "worker.reward.weight=nan: a finite number"),
+        (
+            ["+reward@worker.reward.extra.main=function", "worker.reward.extra.main.reward_function=a"],
+            "worker.reward.extra.main: choose a name",
+        ),
         (["algorithm.adv_estimator=gea"], "unknown advantage estimator .* 'gea'"),
         (["algorithm.gamma=1.1"], "algorithm.gamma=1.1: a value from 0 to 1"),
         (["algorithm.reward_kl.coef=-1"], "algorithm.reward_kl.coef=-1.0: a finite value of 0 or more"),
@@ -192,6 +201,31 @@ def test_unknown_presets_and_missing_values_are_named():
 def test_values_that_have_no_meaning_are_refused(overrides, message):
     with pytest.raises(ValueError, match=message):
         check(preset("papo_grpo", *overrides))
+
+
+def test_further_rewards_are_a_few_overrides(in_repository, tmp_path):
+    short = "worker.reward.extra.short"
+    added = [f"+reward@{short}=function", f"{short}.reward_function=examples/reward_function/choice.py:compute_score"]
+    options = [f"{short}.weight=0.2", f"+{short}.reward_function_kwargs.format_weight=0.5"]
+    main = ["worker.reward.weight=0.8", "worker.reward.reward_type=sequential"]
+    config = preset("grpo", *added, *options, *main)
+    make_paths_absolute(config)
+    reward = config.worker.reward
+    assert list(reward.functions()) == ["worker.reward", short]
+    extra = reward.extra["short"]
+    assert (reward.weight, reward.reward_type, extra.reward_type) == (0.8, "sequential", "batch")
+    assert (extra.weight, extra.reward_function_kwargs) == (0.2, {"format_weight": 0.5})
+    for part, name in ((reward, "math"), (extra, "choice")):
+        assert part.reward_function == f"{in_repository}/examples/reward_function/{name}.py:compute_score"
+
+    with pytest.raises(ValueError, match=f"{short}.reward_function"):
+        preset("grpo", added[0])
+    with pytest.raises(ValueError, match="wieght"):
+        preset("grpo", *added, f"{short}.wieght=0.2")
+    text = "defaults: [schema, _self_]\nworker: {reward: {extra: {short: {reward_function: 'a.py:f', weight: 0.2}}}}\n"
+    (tmp_path / "own.yaml").write_text(text)
+    own = compose_config("own", [*PATHS, "worker.reward.reward_function=b.py:f"], str(tmp_path)).worker.reward
+    assert own.extra == {"short": RewardFunctionConfig("a.py:f", weight=0.2)}
 
 
 def test_a_mistyped_template_is_named():

@@ -38,7 +38,6 @@ REFUSED = {
     "worker.actor.optim.lr_warmup_ratio=0.1": "lr_warmup_ratio=0.1.*lr_warmup_steps",
     "worker.actor.fsdp.mp_param_dtype=fp16": "worker.actor.fsdp.mp_param_dtype=fp16",
     "worker.rollout.val_override_config.max_tokens=9": "val_override_config.max_tokens=9",
-    "worker.reward.reward_type=sequential": "worker.reward.reward_type=sequential.*list",
     "trainer.val_freq=often": "trainer.val_freq=often: .*str",
     "worker.rollout.val_override_config=9": "worker.rollout.val_override_config=9: .*int",
     "worker.actor.global_batch_size=0": "zero",
@@ -161,11 +160,13 @@ def test_old_files_take_new_keys_and_hydras_own():
             "+term@algorithm.terms.extra=entropy",
             "trainer.val_freq=-1",
             "worker.reward.reward_function=examples/reward_function/math.py",
+            "worker.reward.reward_type=sequential",
         ],
     )
     assert config.trainer.device == "cpu" and config.algorithm.terms["ref_kl"].coef == 0.5
     assert config.algorithm.terms["extra"].kind == "entropy" and config.trainer.val_freq == 0
     assert config.worker.reward.reward_function.endswith("math.py:main")
+    assert config.worker.reward.reward_type == "sequential"
 
 
 def test_presets_take_old_names_that_are_one_key_here(caplog):

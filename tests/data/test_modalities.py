@@ -89,7 +89,7 @@ def test_squares_that_straddle_the_towers_patches_are_reported(families, model_t
 def test_a_reward_sees_the_tag_that_a_thinking_models_template_has_opened(families):
     """Qwen3-VL-Thinking never writes `<think>`: its prompt ends with it."""
     columns = {"responses": torch.tensor([[20, 21, 22]]), "response_mask": torch.tensor([[1, 1, 0]])}
-    batch = DataProto.from_dict(columns, {"answer": ["7"]})
+    batch = DataProto.from_dict(columns, {"answer": ["7"], "uid": ["a:0"], "problem": ["?"]})
     seen = {}
     for model_type in ("qwen3_vl", "qwen2_5_vl"):
         vision = vision_of(families, model_type)

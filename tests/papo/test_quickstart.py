@@ -17,7 +17,7 @@ from papo.quickstart.tiny_vlm import build_model
 from papo.quickstart.warm_start import WarmStartSettings, warm_start
 from tests.conftest import REPOSITORY
 from tests.fakes.assets import CORPUS
-from verl.workers.reward.manager import RewardInput
+from verl.workers.reward.base import RewardInput
 
 SMALL = DigitsSettings(sft_images=40, sft_rows=40, train_images=60, train_rows=30, val_rows=30)
 
@@ -60,7 +60,7 @@ def test_rows_have_the_columns_of_the_paper_data_and_true_answers(data):
         digits = row["solution"].split("<think>")[1].split("</think>")[0].split("+")
         assert 2 <= len(digits) <= 4 and sum(map(int, digits)) == int(row["answer"])
         given = RewardInput(response=row["solution"], response_length=9, ground_truth=row["answer"])
-        assert score([given]) == [{"overall": 1.0, "accuracy": 1.0, "format": 1.0}]
+        assert score(given) == {"overall": 1.0, "accuracy": 1.0, "format": 1.0}
     assert "solution" not in rows(data.train)[0]
 
 

@@ -6,6 +6,7 @@ One set of workers serves them all; what an algorithm needs of them is what its 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import operator
 from pathlib import Path
@@ -25,11 +26,20 @@ from verl.trainer.step import StepResult, run_step
 from verl.trainer.workers import Workers
 from verl.workers.model_worker import ModelWorker
 
-# An untrained model never answers right; this reward has something to teach all the same.
+# An untrained model never answers right; this reward has something to teach all the same, and cannot grade everything.
 REWARD = """
-def compute_score(inputs):
-    scores = [sum(map(ord, i["response"])) % 5 / 4 for i in inputs]
-    return [{"overall": score, "accuracy": float(score > 0.4)} for score in scores]
+import os
+
+REWARD_TYPE = "sequential"
+
+def compute_score(reward_input):
+    number = sum(map(ord, reward_input["response"]))
+    if number % 18 == 0:
+        os._exit(1)
+    if number % 6 == 0:
+        raise ArithmeticError(number)
+    score = number % 5 / 4
+    return {"overall": score, "accuracy": float(score > 0.4)}
 """
 ALGORITHMS = {
     "grpo": [],
@@ -60,6 +70,8 @@ def compose(assets: Path, reward: Path, *overrides: str) -> Config:
             "worker.actor.optim.lr_warmup_steps=0",
             "worker.rollout.n=3",
             f"worker.reward.reward_function={reward}:compute_score",
+            "worker.reward.max_failure_frac=0.9",
+            f"trainer.output_dir={reward.parent / 'out'}",
             *("trainer.n_gpus_per_node=1", "trainer.max_steps=2", "trainer.device=cpu"),
             *("trainer.val_before_train=false", "trainer.val_after_train=false", "trainer.val_freq=0"),
             *overrides,
@@ -104,7 +116,7 @@ def test_two_steps(built, assets, name):
         assert all(map(math.isfinite, result.metrics.values()))
         assert result.metrics["actor/grad_norm"] > 0 and result.metrics["actor/skipped_frac"] == 0
         assert result.metrics["actor/pull/policy"] > 0
-        assert result.metrics["train/reward"] > 0
+        assert result.metrics["train/reward"] > 0 and 0 <= result.metrics["reward/failed_frac"] < 0.9
     first, last = results[0].metrics, results[1].metrics
     newer = last["rollout/weight_version"] - first["rollout/weight_version"]
     assert newer == 1 or (name == "dapo" and 0 < newer < 1)  # groups that waited are a step older
@@ -113,6 +125,9 @@ def test_two_steps(built, assets, name):
         assert (run.reward_kl.coef == 0.1) == (name == "reward_kl")
     if name == "vppo":
         assert last["train/vppo/dependency"] > 0 and 0.3 < last["train/vppo/chosen_fraction"] < 0.6
+    failures = [json.loads(line) for line in (reward.parent / "out/reward_failures.jsonl").read_text().splitlines()]
+    assert {failure["reason"] for failure in failures} <= {"died", "raised"}
+    assert all(sum(map(ord, failure["response"])) % 6 == 0 and failure["uid"] for failure in failures)
     critic = {"critic/vf_loss", "critic/explained_variance"}
     assert critic & last.keys() == (critic if name == "ppo" else set())
 

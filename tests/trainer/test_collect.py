@@ -16,9 +16,9 @@ from verl.config.sizes import Sizes
 from verl.data.collate import PromptCollator
 from verl.data.dataset import PromptDataset
 from verl.data.vision import VisionProcessor
-from verl.trainer import collect
 from verl.trainer.collect import Collector
 from verl.trainer.run import Run
+from verl.workers.reward.base import Failure, Outcome, RewardError
 from verl.workers.rollout.base import pad_responses
 
 N = 2  # responses per prompt
@@ -45,13 +45,12 @@ class Engine:
 
 
 @pytest.fixture
-def make(assets, tmp_path, monkeypatch):
+def make(assets, tmp_path):
     """A collector over 12 prompts of different lengths, 3 at a time, in steps of 4; `right` says by prompt how many of
-    its two responses are right."""
-    monkeypatch.setattr(collect, "ray", SimpleNamespace(get=lambda x: x, put=lambda x: x))
+    its two responses are right, `ungraded` which (prompt, response from 1) is not graded."""
     path = write_parquet(tmp_path / "a.parquet", [row("word " * i + "?", images=0, answer=str(i)) for i in range(12)])
 
-    def make(right: list[int], tries: int = 4, ranks: int = 1, **algorithm) -> Collector:
+    def make(right: list[int], tries: int = 4, ranks: int = 1, ungraded=(), **algorithm) -> Collector:
         config = compose_config(
             "dapo",
             [
@@ -69,20 +68,22 @@ def make(assets, tmp_path, monkeypatch):
 
         def reward(inputs):
             seen: dict[str, int] = {}
-            scores = []
+            outcomes = []
             for i in inputs:
                 number = int(i["ground_truth"])
                 seen[i["ground_truth"]] = seen.get(i["ground_truth"], 0) + 1
                 accuracy = float(seen[i["ground_truth"]] <= right[number])
-                scores.append({"overall": 0.9 * accuracy, "accuracy": accuracy})
-            return scores
+                failed = (number, seen[i["ground_truth"]]) in ungraded
+                score = {"overall": 0.9 * accuracy, "accuracy": accuracy}
+                outcomes.append(Outcome(None if failed else score, Failure("timeout", "") if failed else None, 0.1))
+            return outcomes
 
         def prompts():
             for epoch in range(10):
                 for start in range(0, 12, 3):
                     yield epoch, collator([data[i] for i in range(start, start + 3)])
 
-        workers = SimpleNamespace(rollout=Engine(vision.special.pad), start_reward=reward)
+        workers = SimpleNamespace(rollout=Engine(vision.special.pad), reward=SimpleNamespace(start=reward, result=list))
         sizes = Sizes(ranks, 4, N, 2, 1, 8)
         requirements = requirements_of(config.algorithm)
         run = Run(config, sizes, requirements, vision, workers, 10, RewardKL(config.algorithm.reward_kl))
@@ -122,7 +123,7 @@ def test_rows_of_several_generations_keep_their_tokens_side_by_side(make):
         positions = batch["position_ids"][i][:, batch["attention_mask"][i].bool()]
         assert torch.equal(positions, torch.arange(len(ids)).expand(3, -1))
         assert batch["input_ids"][i, prompts] == 40 + number  # every response begins in the same column
-    scores = [score["accuracy"] for score in rows.scoring]
+    scores = [outcome.score["accuracy"] for outcome in rows.outcomes()]
     assert scores == [1.0, 0.0] * 4 and len(rows.inputs) == len(rows.batch) == 8
 
 
@@ -157,5 +158,14 @@ def test_without_the_filter_every_prompt_is_taken_as_it_comes(make):
 
 
 def test_a_filter_key_that_the_reward_does_not_return_is_named(make):
-    with pytest.raises(ValueError, match="algorithm.filter_key='acc': the reward function returns overall, accuracy"):
+    with pytest.raises(RewardError, match="algorithm.filter_key='acc': the reward function returns overall, accuracy"):
         make([1] * 12, filter_key="acc").collect()
+
+
+def test_a_group_is_judged_by_the_responses_that_were_graded(make):
+    """Of two right ones, one lost leaves a group all right; a lost second one of a mixed group leaves one kind."""
+    right = [2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
+    rows = make(right, ungraded={(0, 1), (1, 2), (2, 1), (2, 2)}).collect()
+    assert answers(rows) == [3, 4, 5, 6]
+    assert rows.metrics["train/filter_all_right"] == pytest.approx(2 / 8)  # prompts 0 and 1; of 2 nothing is known
+    assert rows.metrics["train/filter_all_wrong"] == 0

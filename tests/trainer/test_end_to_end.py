@@ -231,6 +231,19 @@ def test_the_watchdog_can_end_a_run_and_leaves_what_a_run_leaves(assets, tmp_pat
     assert (tmp_path / "out" / "model" / "config.json").exists()
 
 
+def test_a_reward_that_always_fails_ends_the_run_with_a_sample_and_its_own_traceback(assets, tmp_path):
+    reward = tmp_path / "reward.py"
+    reward.write_text("def score(inputs):\n    return inputs['response']\n")
+    done = start(assets, tmp_path / "out", f"worker.reward.reward_function={reward}:score", "trainer.n_gpus_per_node=1")
+    assert done.returncode == 1
+    message = done.stderr[done.stderr.index("error: ") :]
+    assert "responses could not be graded (raised" in message and "worker.reward.max_failure_frac=0.1" in message
+    assert "TypeError: list indices must be integers" in message and "ground_truth: " in message
+    assert "ray" not in message and message.count("Traceback") == 1
+    (first, *_) = records(tmp_path / "out" / "reward_failures.jsonl")
+    assert first["reason"] == "raised" and f"response: {first['response']!r}" in message
+
+
 def test_validation_alone_starts_no_training_worker(assets, tmp_path):
     overrides = ["trainer.val_only=true", "data.train_files=null", "worker.rollout.data_parallel_size=2"]
     done = start(assets, tmp_path / "out", *overrides)

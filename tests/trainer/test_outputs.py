@@ -15,6 +15,7 @@ from verl.tracking.curves import draw_curves
 from verl.trainer.batch_metrics import reward_metrics, rollout_metrics, warn_of_mismatch
 from verl.trainer.main import describe
 from verl.trainer.run_dir import RunDir
+from verl.workers.reward.base import Failure, Outcome
 
 
 def config(path) -> Config:
@@ -60,7 +61,10 @@ def test_curves_are_a_picture_that_changes_with_the_numbers(tmp_path, steps):
 
 def test_metrics_of_rewards_and_of_engine_against_trainer():
     scores = [{"overall": s, "accuracy": a} for s, a in ((1.0, 1), (0.1, 0), (0.1, 0), (0.1, 0))]
-    metrics = reward_metrics(scores, torch.tensor([0, 0, 1, 1]))
+    outcomes = [Outcome(score, None, 0.5) for score in scores] + [Outcome(None, Failure("timeout", "late"), 2.0)]
+    metrics = reward_metrics(outcomes, torch.tensor([0, 0, 1, 1, -5]))
+    assert metrics["reward/failed_frac"] == metrics["reward/failed/timeout"] == pytest.approx(0.2)
+    assert metrics["reward/seconds_max"] == 2.0
     assert metrics["train/reward"] == pytest.approx(0.325) and metrics["train/accuracy"] == 0.25
     assert metrics["train/groups_without_signal"] == 0.5
     batch = DataProto.from_dict(

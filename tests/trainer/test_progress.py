@@ -26,6 +26,7 @@ from verl.trainer.resume import changes, find_resume_point
 from verl.trainer.run_dir import RunDir
 from verl.trainer.watchdog import Watchdog
 from verl.utils.rng import rng_state, set_rng_state
+from verl.workers.reward.base import Failure, Outcome
 
 
 class Seven(Dataset):
@@ -78,15 +79,16 @@ def test_random_numbers_go_on(tmp_path):
 
 def test_rows_that_wait_come_back_with_all_they_hold(tmp_path):
     image = {"pixel_values": torch.rand(4, 6), "image_ids": ("a",)}
+    outcomes = [Outcome({"overall": 0.5}, None, 0.1), Outcome(None, Failure("timeout", "after 2 s"), 2.0)]
     rows = DataProto.from_dict(
         {"responses": torch.arange(3000).view(1000, 3)},
-        {"uid": [f"f:{i}" for i in range(1000)], "mm_inputs": [image] * 1000, "score": [{"overall": 0.5}] * 1000},
+        {"uid": [f"f:{i}" for i in range(1000)], "mm_inputs": [image] * 1000, "outcome": outcomes * 500},
         {"t": 1.0},
     ).rows(slice(998, None))
     save_plain(str(tmp_path / "rows.pt"), rows_to_plain(rows))
     found = rows_from_plain(load_plain(str(tmp_path / "rows.pt")))
     assert torch.equal(found["responses"], rows["responses"]) and found.meta == {"t": 1.0}
-    assert list(found["uid"]) == ["f:998", "f:999"] and list(found["score"]) == [{"overall": 0.5}] * 2
+    assert list(found["uid"]) == ["f:998", "f:999"] and list(found["outcome"]) == outcomes
     assert torch.equal(found["mm_inputs"][0]["pixel_values"], image["pixel_values"])
     assert found["mm_inputs"][0] is found["mm_inputs"][1]  # one image for the responses to one prompt
     assert (tmp_path / "rows.pt").stat().st_size < 6000  # the two rows, not the thousand they were cut from

@@ -247,6 +247,20 @@ def test_micro_batch_size_does_not_change_gradient_or_metrics(model, batch, aver
         assert cut_metrics[f"actor/{name}"] == pytest.approx(metrics[f"actor/{name}"], rel=1e-5), name
 
 
+@pytest.mark.parametrize("average", list(LossAverage))
+def test_rows_that_were_not_graded_are_as_if_they_were_not_there(model, batch, average):
+    """They come without response tokens, one of them in a micro-batch of its own."""
+    kept = torch.ones(len(batch), dtype=torch.int64)
+    kept[[0, 2]] = 0
+    drawn = batch.with_columns({"rollout_log_probs": torch.randn(batch["old_log_probs"].shape)})
+    left_out = without_old(drawn.with_columns({"response_mask": batch["response_mask"] * kept[:, None]}))
+    options = {"loss_avg_mode": average, "micro_batch_size_per_device_for_update": 1}
+    expected, smaller = gradient(model, without_old(drawn).rows(kept.bool()), **options)
+    found, metrics = gradient(model, left_out, **options)
+    assert_same(found, expected)
+    assert {name: metrics[name] for name in smaller} == pytest.approx(smaller, rel=1e-5)
+
+
 def test_order_of_rows_does_not_change_the_gradient(model, batch):
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(3))
     shuffled, _ = gradient(model, batch.rows(order), micro_batch_size_per_device_for_update=2)

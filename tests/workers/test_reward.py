@@ -1,83 +1,339 @@
-"""The reward manager, and the rule that comes with it."""
+"""The reward manager and its grader processes: real ones, that sleep, eat, crash and spin."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import pytest
 
-from tests.conftest import REPOSITORY
-from verl.config.worker import RewardConfig
-from verl.workers.reward.manager import RewardInput, RewardManager
+from verl.config.worker import RewardConfig, RewardFunctionConfig, RewardType
+from verl.workers.reward.base import Outcome, RewardError, RewardInput
+from verl.workers.reward.functions import load_functions
+from verl.workers.reward.manager import RewardManager
+from verl.workers.reward.pool import GraderProcess
 
-MATH = f"{REPOSITORY}/examples/reward_function/math.py:compute_score"
+# What a response does to its grader, and why it has no score.
+ENDLESS = {
+    "sleep": ("timeout", "no score within worker.reward.timeout_s=2"),
+    "regex": ("timeout", "no score within worker.reward.timeout_s=2"),
+}
+DEADLY = {
+    "eat": ("memory", "grew beyond worker.reward.max_memory_gb=0.5"),
+    "ask": ("memory", "MemoryError"),
+    "segfault": ("died", "its process died of SIGSEGV"),
+    "exit": ("died", "its process exited with 3"),
+    "leave": ("raised", "SystemExit: 4"),
+    "recurse": ("raised", "RecursionError"),
+    "raise": ("raised", "KeyError: 'a key that is not there'"),
+    "nan": ("not_finite", "returned {'overall': nan}"),
+    "infinite": ("not_finite", "returned {'overall': inf}"),
+}
+ONE = """
+import ctypes, os, re, sys, time
+
+def grade(reward_input, unit=1.0):
+    match reward_input["response"]:
+        case "sleep":
+            time.sleep(1e6)
+        case "regex":
+            re.fullmatch("(a+)+b", "a" * 60)
+        case "eat":
+            held = []
+            while True:
+                held.append(bytearray(2**24))
+        case "ask":
+            return {"overall": float(len(bytearray(2**50)))}
+        case "segfault":
+            ctypes.string_at(0)
+        case "exit":
+            os._exit(3)
+        case "leave":
+            sys.exit(4)
+        case "recurse":
+            return grade(reward_input)
+        case "raise":
+            raise KeyError("a key that is not there")
+        case "nan":
+            return {"overall": float("nan")}
+        case "infinite":
+            return {"overall": float("inf")}
+        case "own error":
+            raise TimeoutError("of the judge")
+    return {"overall": unit * len(reward_input["response"])}
+"""
 
 
-def reward_input(response: str, truth: str = "14") -> RewardInput:
-    return RewardInput(response=response, response_length=5, ground_truth=truth)
+def inputs_of(*responses: str) -> list[RewardInput]:
+    return [RewardInput(response=r, response_length=5, ground_truth="14") for r in responses]
 
 
-@pytest.mark.parametrize(
-    ("response", "accuracy", "form"),
-    [
-        ("<think>3+5+6</think>\\boxed{14}", 1, 1),
-        ("<think>3+5+6</think> It is \\boxed{14}.", 1, 1),
-        ("< think >3+5\n+6</ think >\n\\boxed{14}", 1, 1),
-        ("<think>3+5</think>\\boxed{8}", 0, 1),
-        ("\\boxed{14}", 1, 0),
-        ("<think>14</think> 14", 0, 0),
-        ("", 0, 0),
-        ("<think>\\boxed{14}", 1, 0),
-        ("<think></think>\\boxed{ 14 }", 1, 1),
-    ],
-)
-def test_math_reward(response, accuracy, form):
-    (score,) = RewardManager(RewardConfig(MATH)).score([reward_input(response)])
-    assert (score["accuracy"], score["format"]) == (accuracy, form)
-    assert score["overall"] == pytest.approx(0.9 * accuracy + 0.1 * form)
+@pytest.fixture
+def make(tmp_path):
+    """A ready manager of the function `score` in a file with this text."""
+    managers = []
+
+    def make(text: str, more: str = "", kwargs: dict | None = None, **options: object) -> RewardManager:
+        path = tmp_path / f"reward_{len(managers)}.py"
+        path.write_text(ONE + textwrap.dedent(text))
+        settings = {"num_workers": 2, "timeout_s": 60.0, "max_memory_gb": 0.5, "max_failure_frac": 0.95, **options}
+        manager = RewardManager(RewardConfig(f"{path}:score", kwargs or {}, **settings))
+        managers.append(manager)
+        manager.start()
+        return manager
+
+    yield make
+    for manager in managers:
+        manager.close()
 
 
-def test_the_weight_of_the_format_is_an_option():
-    manager = RewardManager(RewardConfig(MATH, {"format_weight": 0.5}))
-    assert manager.score([reward_input("<think></think>\\boxed{1}")])[0]["overall"] == 0.5
+SEQUENTIAL = """
+REWARD_TYPE = "sequential"
+score = grade
+"""
+BATCH = """
+def score(inputs, unit=1.0):
+    return [grade(one, unit) for one in inputs]
+"""
+ASYNC = """
+import asyncio
+
+REWARD_TYPE = "sequential"
+
+async def score(reward_input, unit=1.0):
+    await asyncio.sleep(1e6 if reward_input["response"] == "sleep" else 0.01)
+    return grade(reward_input, unit)
+"""
+ASYNC_BATCH = """
+async def score(inputs, unit=1.0):
+    return [grade(one, unit) for one in inputs]
+"""
 
 
-def manager_of(tmp_path, body: str) -> RewardManager:
-    path = tmp_path / "reward.py"
-    path.write_text(f"def score(inputs):\n    {body}\n")
-    return RewardManager(RewardConfig(f"{path}:score"))
+def check(outcome: Outcome, response: str) -> None:
+    if response not in ENDLESS | DEADLY:
+        assert outcome.score == {"overall": len(response)} and outcome.failure is None
+        return
+    reason, detail = (ENDLESS | DEADLY)[response]
+    assert outcome.score is None and outcome.failure.reason == reason
+    assert detail in outcome.failure.detail and ":score: " in outcome.failure.detail
+
+
+@pytest.mark.parametrize("text", [SEQUENTIAL, BATCH, ASYNC, ASYNC_BATCH], ids=["sequential", "batch", "async", "both"])
+@pytest.mark.parametrize(("bad", "timeout_s"), [(ENDLESS, 2.0), (DEADLY, 60.0)], ids=["endless", "deadly"])
+def test_what_one_sample_does_to_its_grader_costs_only_its_own_score(make, text, bad, timeout_s):
+    manager = make(text, timeout_s=timeout_s, batch_timeout_s=timeout_s)
+    responses = ["fine", *(word for deadly in bad for word in (deadly, "good"))]
+    for outcome, response in zip(manager.score(inputs_of(*responses)), responses, strict=True):
+        check(outcome, response)
+    # and the processes that took their place work
+    assert [o.score for o in manager.score(inputs_of("a", "ab", "abc"))] == [{"overall": n} for n in (1, 2, 3)]
+
+
+def test_the_clock_of_a_sample_counts_its_own_work_alone(make):
+    """Four samples of 1.2 seconds, one process: the last one waits longer than its limit."""
+    manager = make(
+        """
+        REWARD_TYPE = "sequential"
+
+        def score(reward_input):
+            time.sleep(1.2)
+            return {"overall": 1.0}
+        """,
+        num_workers=1,
+        timeout_s=2.4,
+    )
+    outcomes = manager.score(inputs_of(*"abcd"))
+    assert all(outcome.score for outcome in outcomes) and all(outcome.seconds < 2.4 for outcome in outcomes)
+
+
+def test_calls_of_an_async_function_overlap_and_its_own_timeouts_are_errors(make):
+    """Forty calls that all wait for each other: one process has them under way at the same time."""
+    manager = make(
+        """
+        import asyncio
+
+        REWARD_TYPE = "sequential"
+        waiting, everyone = [], asyncio.Event()
+
+        async def score(reward_input):
+            waiting.append(reward_input)
+            if len(waiting) == 40:
+                everyone.set()
+            await everyone.wait()
+            return grade(reward_input)
+        """,
+        num_workers=1,
+        async_concurrency=40,
+    )
+    *good, bad = manager.score(inputs_of(*["a"] * 39, "own error"))
+    assert all(outcome.score == {"overall": 1.0} for outcome in good)
+    assert bad.failure.reason == "raised" and "TimeoutError: of the judge" in bad.failure.detail
+
+
+def test_a_call_that_holds_up_the_others_costs_them_nothing(make):
+    manager = make(ASYNC, num_workers=1, timeout_s=2.0)
+    outcomes = manager.score(inputs_of("a", "regex", "b", "c"))
+    assert [outcome.score is None for outcome in outcomes] == [False, True, False, False]
+
+
+def test_a_batch_function_gets_the_whole_batch(make):
+    manager = make(
+        """
+        def score(inputs, unit=1.0):
+            return [{"overall": unit * len(inputs)} for _ in inputs]
+        """,
+        kwargs={"unit": 0.5},
+    )
+    assert [o.score["overall"] for o in manager.score(inputs_of("a", "b", "c"))] == [1.5] * 3
+    assert manager.score([]) == []
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return [{'overall': 1.0}]", "returned 1 for 2 inputs"),
-        ("return {'overall': 1.0}", "returned a dict, not a list for 2 inputs"),
-        ("return [{'accuracy': 1.0}] * 2", "a score is a dict with at least 'overall'"),
-        ("return [{'overall': 1.0}, {'overall': float('nan')}]", "every component is a finite number.*second"),
-        ("return [{'overall': 1.0}, {'overall': 1.0, 'x': 1.0}]", "components differ"),
+        ("return [{'overall': 1.0}]", "1 for 2 inputs.*'first'"),
+        ("return {'overall': 1.0}", "a dict, not a list for 2 inputs"),
+        (
+            "return [{'accuracy': 1.0}] * 2",
+            r"\{'accuracy': 1.0\} \(a score is a dict with at least 'overall'.*first",
+        ),
+        ("return [{'overall': 1.0}, 1.0]", r"1.0 \(a score is a dict.*'second'"),
+        ("return [{'overall': '1'}] * 2", "every component is a number.*first"),
+        (
+            "return [{'overall': 1.0}, {'overall': 1.0, 'x': 1.0}]",
+            r"components differ: \['overall', 'x'\] here.*second",
+        ),
     ],
 )
-def test_what_a_reward_function_may_not_return(tmp_path, body, message):
-    with pytest.raises(ValueError, match=message):
-        manager_of(tmp_path, body).score([reward_input("first"), reward_input("second")])
+def test_what_no_reward_function_may_return_stops_the_run_and_shows_the_sample(make, body, message):
+    manager = make(f"def score(inputs):\n    {body}\n")
+    with pytest.raises(RewardError, match=f"(?s)reward_0.py:score .*{message}"):
+        manager.score(inputs_of("first", "second"))
 
 
-def test_a_reward_function_that_raises_is_named(tmp_path):
-    with pytest.raises(RuntimeError, match=r"reward.py:score raised ZeroDivisionError.*\n.*first"):
-        manager_of(tmp_path, "return [1 / 0]").score([reward_input("first")])
+def test_plain_numbers_of_numpy_are_numbers(make):
+    manager = make(
+        """
+        import numpy as np
+
+        def score(inputs):
+            return [{"overall": np.float32(0.5), "n": np.int64(3), "flag": True} for _ in inputs]
+        """
+    )
+    (outcome,) = manager.score(inputs_of("a"))
+    assert outcome.score == {"overall": 0.5, "n": 3.0, "flag": 1.0} and set(map(type, outcome.score.values())) == {
+        float
+    }
+
+
+def test_too_many_failures_stop_the_run_and_show_a_sample(make):
+    manager = make(SEQUENTIAL, max_failure_frac=0.25)
+    assert sum(o.failure is not None for o in manager.score(inputs_of("raise", "a", "b", "c"))) == 1
+    with pytest.raises(RewardError) as caught:
+        manager.score(inputs_of("raise", "a", "b", "raise"))
+    text = str(caught.value)
+    assert "2 of 4 responses could not be graded (raised 2), more than worker.reward.max_failure_frac=0.25" in text
+    assert "KeyError: 'a key that is not there'" in text and "response: 'raise'" in text and "Traceback" in text
+    assert [record["response"] for record in caught.value.failures] == ["raise", "raise"]
+    assert caught.value.failures[0]["reason"] == "raised"
+    assert manager.score(inputs_of("a"))[0].score == {"overall": 1.0}  # nothing of the call that was ended is left
+
+
+def test_a_run_does_not_wait_for_a_grader_that_always_hangs(make):
+    """The first failure is one too many: the other thousand are not tried."""
+    manager = make(SEQUENTIAL, max_failure_frac=0.0, timeout_s=1.0)
+    with pytest.raises(RewardError, match="1 of 1000 responses could not be graded"):
+        manager.score(inputs_of(*["sleep"] * 1000))
+
+
+def test_rewards_add_up_with_their_weights(make, tmp_path):
+    (tmp_path / "short.py").write_text(
+        "def score(inputs, longest):\n"
+        "    return [{'overall': float(len(i['response']) <= longest), 'slack': 2.0} for i in inputs]\n"
+    )
+    (tmp_path / "sum.py").write_text(
+        "REWARD_TYPE = 'sequential'\n"
+        "def score(i):\n"
+        "    return {'overall': 2.0, 'accuracy': 1 / (i['response'] != 'bad')}\n"
+    )
+    extra = {"short": RewardFunctionConfig(f"{tmp_path}/short.py:score", {"longest": 2}, weight=-0.5)}
+    extra["more"] = RewardFunctionConfig(f"{tmp_path}/sum.py:score", weight=0.25)
+    manager = make(SEQUENTIAL, extra=extra, weight=3.0)
+    first, second, bad = manager.score(inputs_of("ab", "abc", "bad"))
+    assert first.score == {
+        "overall": pytest.approx(3 * 2 - 0.5 + 0.25 * 2),
+        **{"main": 2.0, "short": 1.0, "short/slack": 2.0, "more": 2.0, "more/accuracy": 1.0},
+    }
+    assert second.score["overall"] == pytest.approx(3 * 3 + 0.25 * 2) and second.score["short"] == 0
+    assert bad.score is None and "sum.py:score: " in bad.failure.detail and "ZeroDivisionError" in bad.failure.detail
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("score = 1 / 0", "(?s)could not be imported.*reward_0.py.*ZeroDivisionError: division by zero"),
+        ("os._exit(7)", "could not load .*reward_0.py:score: its process exited with 7"),
+        ("REWARD_TYPE = 'parallel'\nscore = grade", "REWARD_TYPE = 'parallel': one of batch, sequential is needed"),
+    ],
+)
+def test_functions_that_cannot_be_loaded_are_an_error_and_no_hang(make, text, message):
+    with pytest.raises(RewardError, match=message):
+        make(text)
 
 
 @pytest.mark.parametrize(
     ("reference", "error", "message"),
     [
         ("/nowhere/reward.py:score", FileNotFoundError, "worker.reward.reward_function names '/nowhere/reward.py'"),
-        (
-            MATH.replace("compute_score", "score"),
-            ValueError,
-            "has no function 'score'; functions there: .*compute_score",
-        ),
-        (MATH.split(":")[0], ValueError, "write it as path/to/file.py:function"),
+        (f"{__file__}:scores", ValueError, "has no function 'scores'; functions there: .*inputs_of"),
+        (__file__, ValueError, "write it as path/to/file.py:function"),
     ],
 )
 def test_mistyped_reward_functions_are_named(reference, error, message):
     with pytest.raises(error, match=message):
-        RewardManager(RewardConfig(reference))
+        load_functions(RewardConfig(reference))
+    extra = {"more": RewardFunctionConfig(reference)}
+    (main,) = load_functions(RewardConfig(f"{__file__}:inputs_of")).values()
+    assert main.type == RewardType.batch and not main.concurrent
+    with pytest.raises(error, match=message.replace("worker.reward.", "worker.reward.extra.more.")):
+        load_functions(RewardConfig(f"{__file__}:inputs_of", extra=extra))
+
+
+def test_the_files_own_word_on_its_type_counts(tmp_path):
+    (tmp_path / "a.py").write_text("def score(i): ...\n")
+    (tmp_path / "b.py").write_text("REWARD_TYPE = 'batch'\ndef score(i): ...\n")
+    for name, expected in (("a", "sequential"), ("b", "batch")):
+        config = RewardConfig(f"{tmp_path}/{name}.py:score", reward_type=RewardType.sequential)
+        assert load_functions(config)["worker.reward"].type == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_spinning_grader_ends_with_its_parent(tmp_path):
+    """A run that is killed leaves no process behind that eats a core for ever."""
+    (tmp_path / "spin.py").write_text(ONE + SEQUENTIAL)
+    program = f"""
+import os, signal
+from verl.config.worker import RewardConfig
+from verl.workers.reward.pool import GraderProcess, Task
+grader = GraderProcess(RewardConfig("{tmp_path}/spin.py:score"))
+grader.connection.recv()
+grader.begin(Task("worker.reward", [0], [dict(response="regex")]), 1.0, "")
+os.write(1, str(grader.process.pid).encode())
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120)
+    # It returns when every holder of the output has closed it, and the grader is one.
+    assert int(done.stdout) > 0 and done.returncode == -9
+
+
+def test_an_idle_process_that_was_killed_is_replaced(make):
+    manager = make(SEQUENTIAL)
+    for grader in manager.pool.graders:
+        os.kill(grader.process.pid, 9)
+        grader.process.wait()
+    assert [o.score for o in manager.score(inputs_of("a", "ab"))] == [{"overall": 1.0}, {"overall": 2.0}]
+    assert all(isinstance(grader, GraderProcess) and grader.process.poll() is None for grader in manager.pool.graders)

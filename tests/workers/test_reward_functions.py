@@ -1,21 +1,29 @@
-"""The rewards in examples/reward_function, through the manager that training uses."""
+"""The rewards in examples/reward_function, called as a grader process calls them."""
 
 from __future__ import annotations
+
+import asyncio
 
 import pytest
 
 from tests.conftest import REPOSITORY
 from verl.config.worker import RewardConfig
-from verl.workers.reward.manager import RewardInput, RewardManager, RewardScore
+from verl.workers.reward.base import Failure, RewardInput, RewardScore
+from verl.workers.reward.functions import load_functions
+
+
+def answer_to(name: str, response: str, truth: str, length: int = 5, **kwargs: object) -> RewardScore | Failure:
+    path = f"{REPOSITORY}/examples/reward_function/{name}.py:compute_score"
+    (function,) = load_functions(RewardConfig(path, dict(kwargs))).values()
+    with asyncio.Runner() as runner:
+        given = RewardInput(response=response, response_length=length, ground_truth=truth)
+        return function([given], runner, timeout_s=60)[0].score
 
 
 def score(name: str, response: str, truth: str, length: int = 5, **kwargs: object) -> RewardScore:
-    path = f"{REPOSITORY}/examples/reward_function/{name}.py:compute_score"
-    given = RewardInput(response=response, response_length=length, ground_truth=truth)
-    other = RewardInput(response="", response_length=0, ground_truth=truth)
-    found, empty = RewardManager(RewardConfig(path, dict(kwargs))).score([given, other])
+    empty = answer_to(name, "", truth, 0, **kwargs)
     assert empty["overall"] <= 0 and empty["accuracy"] == 0  # silence earns nothing
-    return found
+    return answer_to(name, response, truth, length, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -106,9 +114,9 @@ def test_counting(answer, accuracy, close):
 
 
 @pytest.mark.parametrize(("name", "truth"), [("choice", "45"), ("counting", "a few")])
-def test_a_ground_truth_that_nothing_could_match_stops_the_run(name, truth):
-    with pytest.raises(RuntimeError, match=f"{truth}"):
-        score(name, "\\boxed{1}", truth)
+def test_a_ground_truth_that_nothing_could_match_is_no_wrong_answer(name, truth):
+    failure = answer_to(name, "\\boxed{1}", truth)
+    assert failure.reason == "raised" and f"the ground truth '{truth}'" in failure.detail
 
 
 @pytest.mark.parametrize(
@@ -143,5 +151,24 @@ def test_dapos_penalty_of_long_responses(length, penalty):
 
 def test_a_buffer_that_does_not_fit_is_refused():
     for old in ({"overlong_buffer_length": 20}, {"max_response_length": 10, "overlong_buffer_length": 20}):
-        with pytest.raises(RuntimeError, match="overlong_buffer_length=20: from 0"):
-            score("dapo", "Answer: 34", "34", **old)
+        assert "overlong_buffer_length=20: from 0" in answer_to("dapo", "Answer: 34", "34", **old).detail
+
+
+@pytest.mark.parametrize(
+    ("options", "response", "truth", "accuracy"),
+    [
+        ({}, "\\boxed{\\frac{1}{2}}", "0.5", 1),
+        ({"grader": "math_verify"}, "\\boxed{x+1}", "1+x", 1),
+        ({"grader": "exact", "place": "all"}, " Two  Words ", "two words", 1),
+        ({"grader": "number", "relative": 0.05}, "\\boxed{104}", "100", 1),
+        ({"grader": "iou", "place": "tag"}, "<answer>[0, 0, 2, 1]</answer>", "[0, 0, 1, 1]", 0.5),
+        ({"grader": "choice", "place": "tag"}, "no tag: B", "B", 0),
+    ],
+)
+def test_every_grader_by_its_name(options, response, truth, accuracy):
+    assert score("answer", response, truth, **options) == {"overall": accuracy, "accuracy": accuracy, "format": 0.0}
+
+
+def test_graders_and_places_that_do_not_exist_are_named():
+    for option in ({"grader": "regexp"}, {"place": "regexp"}):
+        assert "'regexp' is none of " in answer_to("answer", "1", "1", **option).detail

@@ -11,14 +11,15 @@ def group_sum(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(numbers, dtype=values.dtype).index_add_(0, index, values)[index]
 
 
-def group_mean(values: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """For each row the mean of `values` [B] over its group [B]. Returns [B] float64.
+def group_mean(values: torch.Tensor, group: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
+    """For each row the mean of `values` [B] over its group [B]: over those of its rows that are `counted` [B] bool, by
+    default all, and NaN where none is. Returns [B] float64.
 
     float64, because in float32 the rounding of a group of equal values is not small against the epsilons that
     a spread is compared with.
     """
-    values = values.double()
-    return group_sum(values, group) / group_size(group)
+    counted = torch.ones_like(group, dtype=torch.bool) if counted is None else counted
+    return group_sum(torch.where(counted, values.double(), 0.0), group) / group_sum(counted.double(), group)
 
 
 def group_size(group: torch.Tensor) -> torch.Tensor:

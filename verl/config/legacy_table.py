@@ -291,13 +291,11 @@ ROLLOUT = [
 ]  # fmt: skip
 
 REWARD = [
-    only(
-        "worker.reward.reward_type", "batch", ("batch",), "write the function as list[RewardInput] -> list[RewardScore]"
-    ),
+    same("worker.reward.reward_type", "batch"),
     Rule({"worker.reward.reward_function": None, "worker.reward.score_function": None}, _reward_function),
     same("worker.reward.reward_function_kwargs", {}),
     only("worker.reward.skip_special_tokens", True, (True,), "responses are decoded without special tokens"),
-    no_effect("worker.reward.num_cpus", 1, "one process scores"),
+    no_effect("worker.reward.num_cpus", 1, "worker.reward.num_workers says how many processes grade"),
 ]
 
 TRAINER = [

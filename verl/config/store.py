@@ -13,7 +13,10 @@ def store_option(group: str, name: str, config_class: type) -> None:
 
 
 def store_schema() -> None:
-    """Offer the whole config as `schema`, the first entry of every preset's defaults list."""
+    """Offer the whole config as `schema`, the first entry of every preset's defaults list, and further rewards as
+    `reward@worker.reward.extra.NAME=function`."""
     from verl.config.config import Config
+    from verl.config.worker import RewardFunctionConfig
 
+    store_option("reward", "function", RewardFunctionConfig)
     ConfigStore.instance().store(name=SCHEMA, node=Config, provider="verl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -38,6 +39,10 @@ POSITIVE = (
     "worker.rollout.tensor_parallel_size",
     "worker.rollout.max_failures",
     "worker.rollout.sync_bucket_mb",
+    "worker.reward.timeout_s",
+    "worker.reward.batch_timeout_s",
+    "worker.reward.max_memory_gb",
+    "worker.reward.async_concurrency",
     "trainer.total_epochs",
     "trainer.max_try_make_batch",
     "trainer.nnodes",
@@ -57,6 +62,7 @@ def validate(config: Config) -> None:
     _check_optimizers(config)
     _check_rollout(config)
     _check_lora(config)
+    _check_reward(config)
     _check_algorithm(config)
     _check_files(config)
     compute_sizes(config)
@@ -181,6 +187,20 @@ def _check_lora(config: Config) -> None:
             raise ValueError(f"{key}.target_modules: '{name}' is no regular expression: {error}") from error
     if lora.vision_tower and model.freeze_vision_tower:
         raise ValueError(f"{key}.vision_tower=true trains what worker.actor.model.freeze_vision_tower=true freezes")
+
+
+def _check_reward(config: Config) -> None:
+    reward = config.worker.reward
+    if reward.num_workers is not None and reward.num_workers < 1:
+        raise ValueError(f"worker.reward.num_workers={reward.num_workers}: 1 or more, or null")
+    if not 0 <= reward.max_failure_frac < 1:
+        raise ValueError(f"worker.reward.max_failure_frac={reward.max_failure_frac}: from 0 to below 1 is needed")
+    for key, part in reward.functions().items():
+        if not math.isfinite(part.weight):
+            raise ValueError(f"{key}.weight={part.weight}: a finite number is needed")
+    for name in reward.extra:
+        if name in ("overall", "main") or "." in name or "/" in name:
+            raise ValueError(f"worker.reward.extra.{name}: choose a name without . and /, other than overall and main")
 
 
 def _check_algorithm(config: Config) -> None:

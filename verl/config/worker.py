@@ -194,12 +194,49 @@ class RolloutConfig:
     val_override_config: SamplingOverride = field(default_factory=SamplingOverride)
 
 
+class RewardType(StrEnum):
+    """What a reward function takes: the whole batch, list[RewardInput] -> list[RewardScore], or one response at a time,
+    RewardInput -> RewardScore."""
+
+    batch = "batch"
+    sequential = "sequential"
+
+
 @dataclass
-class RewardConfig:
-    """`reward_function`: `path/to/file.py:function`, list[RewardInput] -> list[RewardScore]."""
+class RewardFunctionConfig:
+    """`reward_function`: `path/to/file.py:function`; it may be `async`. `reward_type` is that of functions whose file
+    does not say `REWARD_TYPE = "..."` itself. `weight` is that of its `overall` in the sum."""
 
     reward_function: str = MISSING
     reward_function_kwargs: dict[str, Any] = field(default_factory=dict)
+    reward_type: RewardType = RewardType.batch
+    weight: float = 1.0
+
+
+@dataclass
+class RewardConfig(RewardFunctionConfig):
+    """The reward, and further ones by name in `extra` (`+reward@worker.reward.extra.NAME=function` adds one): the
+    overall reward is the weighted sum of all.
+
+    They run in `num_workers` processes (null: half the cores of the node, from 1 to 8). One response may take
+    `timeout_s` of work and a process `max_memory_gb`; a batch function's one call for all may take `batch_timeout_s`.
+    An async function has `async_concurrency` calls under way in each process. A response that could not be graded is
+    left out of the update; more than the share `max_failure_frac` of the responses that are graded at one time stop the
+    run.
+    """
+
+    extra: dict[str, RewardFunctionConfig] = field(default_factory=dict)
+    num_workers: int | None = None
+    timeout_s: float = 30.0
+    batch_timeout_s: float = 300.0
+    max_memory_gb: float = 4.0
+    async_concurrency: int = 16
+    max_failure_frac: float = 0.1
+
+    def functions(self) -> dict[str, RewardFunctionConfig]:
+        """Every reward by its config key, the main one first."""
+        extra = {f"worker.reward.extra.{name}": function for name, function in self.extra.items()}
+        return {"worker.reward": self, **extra}
 
 
 @dataclass

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 
 import torch
 
 from verl.algorithms.losses.estimators import k3
 from verl.protocol import DataProto
-from verl.workers.reward.manager import RewardScore
+from verl.workers.reward.base import Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -16,20 +17,28 @@ logger = logging.getLogger(__name__)
 LARGE_MISMATCH = 0.02
 
 
-def reward_metrics(scores: list[RewardScore], group: torch.Tensor) -> dict[str, float]:
-    """Means of the reward and its components, and the share of groups that teach GRPO nothing.
+def reward_metrics(outcomes: list[Outcome], group: torch.Tensor) -> dict[str, float]:
+    """Means of the reward and its components over the responses that were graded, the share of groups that teach GRPO
+    nothing, and how grading went.
 
     Args:
-        scores: one per response.
-        group: [B] integer that responses to one prompt share.
+        outcomes: one per response, at least one of them with a score.
+        group: [B] integer that responses to one prompt share; whatever it is for those without a score.
     """
+    kept = torch.tensor([outcome.score is not None for outcome in outcomes])
+    scores = [outcome.score for outcome in outcomes if outcome.score is not None]
     overall = torch.tensor([score["overall"] for score in scores], dtype=torch.float64)
     metrics = {"train/reward": overall.mean().item(), "train/reward_std": overall.std(unbiased=False).item()}
     for name in scores[0]:
         if name != "overall":
             metrics[f"train/{name}"] = sum(score[name] for score in scores) / len(scores)
+    group = group[kept]
     uniform = [overall[group == g].unique().numel() == 1 for g in group.unique()]
     metrics["train/groups_without_signal"] = sum(uniform) / len(uniform)
+    metrics["reward/failed_frac"] = (len(outcomes) - len(scores)) / len(outcomes)
+    for reason, count in Counter(o.failure.reason for o in outcomes if o.failure).items():
+        metrics[f"reward/failed/{reason}"] = count / len(outcomes)
+    metrics["reward/seconds_max"] = max(outcome.seconds for outcome in outcomes)
     return metrics
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
-import ray
 import torch
 
 from verl.algorithms.filtering import keep_groups
@@ -15,9 +15,9 @@ from verl.data.collate import pad_rows, whole_sequences
 from verl.data.views import add_view
 from verl.data.vision import VisionProcessor
 from verl.protocol import DataProto, object_array
-from verl.trainer.advantages import overall_scores
+from verl.trainer.advantages import component, graded, overall_scores
 from verl.trainer.run import Run
-from verl.workers.reward.manager import RewardInput, RewardScore
+from verl.workers.reward.base import Outcome, RewardError, RewardInput
 from verl.workers.rollout.base import train_sampling
 
 logger = logging.getLogger(__name__)
@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 class Rows:
     """What a step trains on: whole groups of responses, side by side.
 
-    `scoring` stands for the list[RewardScore] of the rows. `mini_batches` is the number of updates that they make.
+    `outcomes` waits for those of the rows. `mini_batches` is the number of updates that they make.
     """
 
     batch: DataProto
     inputs: list[RewardInput]
-    scoring: ray.ObjectRef
+    outcomes: Callable[[], list[Outcome]]
     mini_batches: int
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -61,13 +61,13 @@ class Collector:
                 return None
             metrics["train/filter_waiting_groups"] = len(self.waiting or ()) / run.sizes.responses_per_prompt
             inputs = reward_inputs(run.vision, rows)
-            scoring = ray.put(list(rows["score"]))
+            outcomes: Callable[[], list[Outcome]] = partial(list, rows["outcome"])
         else:
             rows, metrics, mini_batches = self._generate(), {}, run.sizes.mini_batches
             inputs = reward_inputs(run.vision, rows)
-            scoring = run.workers.start_reward(inputs)
+            outcomes = partial(run.workers.reward.result, run.workers.reward.start(inputs))
         run.workers.rollout.sleep()
-        return Rows(whole_sequences(rows), inputs, scoring, mini_batches, metrics)
+        return Rows(whole_sequences(rows), inputs, outcomes, mini_batches, metrics)
 
     def _generate(self) -> DataProto:
         """A row for each response to the next prompts, with every view, and without the pictures."""
@@ -89,11 +89,17 @@ class Collector:
         return rows.with_columns(dict(responses.rows(slice(0, len(rows))).tensors.items()))
 
     def _baseline(self, prompts: DataProto, greedy: DataProto) -> torch.Tensor:
-        """[B] for each row of a step, the reward of its prompt's greedy response."""
+        """[B] for each row of a step, the reward of its prompt's greedy response; NaN where that was not graded."""
         run = self.run
         inputs = reward_inputs(run.vision, prompts.with_columns(dict(greedy.tensors.items())))
-        scores = overall_scores(run.config, ray.get(run.workers.start_reward(inputs)), greedy["response_mask"])
+        outcomes = self._graded(inputs)
+        scores = overall_scores(run.config, outcomes, greedy["response_mask"])
+        scores = scores.masked_fill(~graded(outcomes), float("nan"))
         return scores.repeat_interleave(run.sizes.responses_per_prompt)
+
+    def _graded(self, inputs: list[RewardInput]) -> list[Outcome]:
+        reward = self.run.workers.reward
+        return reward.result(reward.start(inputs))
 
     def _filtered(self) -> tuple[DataProto, dict[str, float]]:
         """Groups that teach something, those that waited first, and what the filter saw."""
@@ -104,12 +110,12 @@ class Collector:
         tries = 0
         while sum(map(len, parts)) < needed * n and tries < run.config.trainer.max_try_make_batch:
             rows = self._generate()
-            scores = ray.get(run.workers.start_reward(reward_inputs(run.vision, rows)))
-            values = filter_values(scores, algorithm.filter_key)
+            outcomes = self._graded(reward_inputs(run.vision, rows))
+            values, counted = filter_values(outcomes, algorithm.filter_key), graded(outcomes)
             group = torch.arange(len(rows)) // n
-            keep = keep_groups(values, group, algorithm.filter_low, algorithm.filter_high)
-            parts.append(rows.with_columns(objects={"score": object_array(scores)}).rows(keep))
-            seen.append(group_mean(values, group)[::n])
+            keep = keep_groups(values, group, algorithm.filter_low, algorithm.filter_high, counted)
+            parts.append(rows.with_columns(objects={"outcome": object_array(outcomes)}).rows(keep))
+            seen.append(group_mean(values, group, counted)[::n])
             tries += 1
         rows = concat_rows([part for part in parts if len(part)], run.vision.special.pad) if any(parts) else parts[0]
         if len(rows) < needed * n:
@@ -121,8 +127,9 @@ class Collector:
                 tries,
             )
         metrics = {"train/filter_tries": float(tries)}
-        if seen:
-            means = torch.cat(seen)
+        means = torch.cat(seen) if seen else torch.empty(0)
+        means = means[means.isfinite()]  # of groups without a single graded response nothing is known
+        if len(means):
             metrics["train/filter_all_right"] = (means >= algorithm.filter_high).double().mean().item()
             metrics["train/filter_all_wrong"] = (means <= algorithm.filter_low).double().mean().item()
         return rows, metrics
@@ -141,13 +148,14 @@ class Collector:
         return (rows.rows(slice(0, take * n)), max(mini_batches, 1)) if take else (None, 0)
 
 
-def filter_values(scores: list[RewardScore], key: str) -> torch.Tensor:
-    """[B] what the filter looks at. Raises ValueError where the reward has no such component."""
-    if scores and key not in scores[0]:
-        raise ValueError(
-            f"algorithm.filter_key='{key}': the reward function returns {', '.join(scores[0])}; name one of those"
+def filter_values(outcomes: list[Outcome], key: str) -> torch.Tensor:
+    """[B] what the filter looks at, 0 without a score. Raises RewardError where the reward has no such component."""
+    known = next((outcome.score for outcome in outcomes if outcome.score is not None), {key: 0.0})
+    if key not in known:
+        raise RewardError(
+            f"algorithm.filter_key='{key}': the reward function returns {', '.join(known)}; name one of those"
         )
-    return torch.tensor([score[key] for score in scores], dtype=torch.float64)
+    return component(outcomes, key)
 
 
 def concat_rows(parts: list[DataProto], pad: int) -> DataProto:
@@ -174,6 +182,10 @@ def reward_inputs(vision: VisionProcessor, batch: DataProto) -> list[RewardInput
     tokens = [ids[:length] for ids, length in zip(batch["responses"].tolist(), lengths, strict=True)]
     texts = vision.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [
-        RewardInput(response=vision.turn_start + text, response_length=length, ground_truth=answer)
-        for text, length, answer in zip(texts, lengths, batch["answer"], strict=True)
+        RewardInput(
+            response=vision.turn_start + text, response_length=length, ground_truth=answer, uid=uid, problem=problem
+        )
+        for text, length, answer, uid, problem in zip(
+            texts, lengths, batch["answer"], batch["uid"], batch["problem"], strict=True
+        )
     ]

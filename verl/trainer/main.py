@@ -24,6 +24,7 @@ from verl.trainer.ray_trainer import RayTrainer
 from verl.trainer.resume import ResumeError
 from verl.utils.process import LOG_FORMAT, quiet_libraries
 from verl.workers.memory import OutOfDeviceMemory
+from verl.workers.reward.base import RewardError
 
 logger = logging.getLogger("verl")
 
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     except RunInterrupted as ended:
         logger.info("%s", ended)
         return
-    except (ClusterError, ConnectionError, OutOfDeviceMemory, ResumeError, SaveFailed) as error:
+    except (ClusterError, ConnectionError, OutOfDeviceMemory, ResumeError, RewardError, SaveFailed) as error:
         sys.exit(f"error: {getattr(error, 'cause', error)}")  # the cause: without Ray's account of its calls
     for line in lines:
         logger.info(line)

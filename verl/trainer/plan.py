@@ -23,7 +23,7 @@ from verl.models.lora import adapter_parameters, find_targets
 from verl.single_controller.resources import Layout, plan_layout
 from verl.single_controller.rollout_group import choose_carrier
 from verl.tracking import check_trackers
-from verl.workers.reward.manager import RewardManager
+from verl.workers.reward.functions import load_functions
 from verl.workers.rollout.engines import choose_engine
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def make_plan(config: Config) -> Plan:
     """Check the config and open its files. Raises ValueError or FileNotFoundError naming the key, file or row."""
     requirements = check(config)
     make_paths_absolute(config)
-    RewardManager(config.worker.reward)
+    load_functions(config.worker.reward)
     layout = plan_layout(config.trainer, config.worker.rollout)
     choose_carrier(config.worker.rollout.weight_sync, layout)
     if layout.device == "cpu":
@@ -143,11 +143,12 @@ def check_adapter(config: Config, vision: VisionProcessor) -> None:
 def make_paths_absolute(config: Config) -> None:
     """Replace relative paths that workers open: a worker may start in another folder than the driver."""
     worker = config.worker
-    actor, ref, critic, reward = worker.actor.model, worker.ref, worker.critic, worker.reward
+    actor, ref, critic = worker.actor.model, worker.ref, worker.critic
     actor.model_path = _absolute(actor.model_path)
     ref.model_path = ref.model_path and _absolute(ref.model_path)
     critic.model_path = critic.model_path and _absolute(critic.model_path)
-    reward.reward_function = _absolute(reward.reward_function)
+    for part in worker.reward.functions().values():
+        part.reward_function = _absolute(part.reward_function)
 
 
 def _absolute(path: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from verl.config.algorithm import KLController
@@ -14,6 +14,9 @@ from verl.trainer.prompts import PromptStream
 from verl.trainer.run import Run
 from verl.trainer.watchdog import Watchdog
 from verl.utils.rng import rng_state, set_rng_state
+from verl.workers.reward.base import Failure, Outcome
+
+OUTCOME = "outcome"  # the column of what waiting rows were graded with
 
 logger = logging.getLogger(__name__)
 
@@ -115,12 +118,21 @@ class Driver:
 
 def rows_to_plain(rows: DataProto) -> dict[str, Any]:
     """A batch as tensors, lists and dicts. Tensors are copied: a view would bring all that it is a view of."""
+    objects = {name: list(column) for name, column in rows.objects.items()}
+    if OUTCOME in objects:
+        objects[OUTCOME] = [asdict(outcome) for outcome in objects[OUTCOME]]
     return {
         "tensors": {name: tensor.clone() for name, tensor in rows.tensors.items()},
-        "objects": {name: list(column) for name, column in rows.objects.items()},
+        "objects": objects,
         "meta": dict(rows.meta),
     }
 
 
 def rows_from_plain(plain: dict[str, Any]) -> DataProto:
-    return DataProto.from_dict(plain["tensors"], plain["objects"], plain["meta"])
+    objects = dict(plain["objects"])
+    if OUTCOME in objects:
+        objects[OUTCOME] = [
+            Outcome(**{**outcome, "failure": outcome["failure"] and Failure(**outcome["failure"])})
+            for outcome in objects[OUTCOME]
+        ]
+    return DataProto.from_dict(plain["tensors"], objects, plain["meta"])

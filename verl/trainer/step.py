@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
 from verl.columns import view_column
 from verl.metrics.timing import Timings
 from verl.protocol import DataProto, check_columns
@@ -18,7 +16,7 @@ from verl.trainer.collect import Collector
 from verl.trainer.passes import run_passes
 from verl.trainer.run import Run
 from verl.workers.actor.forward import TOKENS
-from verl.workers.reward.manager import RewardInput, RewardScore
+from verl.workers.reward.base import Outcome, RewardInput
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +42,15 @@ def run_step(
         check_columns(rows.batch)
         batch = run_passes(rows.batch, run, timings)  # while the reward scores
         with timings("reward_wait"):
-            scores = ray.get(rows.scoring)
-        batch, group, found = add_advantages(run, batch, scores)
+            outcomes = rows.outcomes()
+        graded, group, found = add_advantages(run, batch, outcomes)
         if before_update is not None:
             before_update()
-        updated = update(run, batch, rows.mini_batches, step, scale, timings)
+        updated = update(run, graded, rows.mini_batches, step, scale, timings)
         with timings("weight_sync"):
             run.workers.rollout.sync_weights(run.workers.actor)
     metrics = {
-        **reward_metrics(scores, group),
+        **reward_metrics(outcomes, group),
         **rows.metrics,
         **found,
         **rollout_metrics(batch, run.config.data.max_response_length),
@@ -63,7 +61,7 @@ def run_step(
     sampling = run.config.worker.rollout
     waited = batch["weight_version"].unique().numel() > 1
     warn_of_mismatch(metrics, expected=sampling.top_p < 1 or sampling.top_k > 0 or sampling.ignore_eos or waited)
-    return StepResult(metrics, samples(batch, rows.inputs, scores, run.config.trainer.samples_per_step))
+    return StepResult(metrics, samples(batch, rows.inputs, outcomes, run.config.trainer.samples_per_step))
 
 
 def update(
@@ -93,19 +91,16 @@ def update_columns(run: Run, batch: DataProto) -> DataProto:
     return batch.select(names)
 
 
-def samples(batch: DataProto, inputs: list[RewardInput], scores: list[RewardScore], count: int) -> list[dict[str, Any]]:
-    """The first `count` responses as records for samples.jsonl."""
-    records = zip(batch["uid"][:count], batch["problem"][:count], inputs[:count], scores[:count], strict=True)
-    return [
-        {
-            "uid": uid,
-            "prompt": problem,
-            "response": i["response"],
-            "answer": i["ground_truth"],
-            "score": dict(score),
-        }
-        for uid, problem, i, score in records
-    ]
+def samples(batch: DataProto, inputs: list[RewardInput], outcomes: list[Outcome], count: int) -> list[dict[str, Any]]:
+    """The first `count` responses as records for samples.jsonl; one that was not graded has no score, and a reason."""
+    records = []
+    for uid, problem, i, outcome in zip(batch["uid"], batch["problem"], inputs, outcomes, strict=True):
+        if len(records) == count:
+            break
+        found = {"uid": uid, "prompt": problem, "response": i["response"], "answer": i["ground_truth"]}
+        found["score"] = dict(outcome.score or {})
+        records.append(found | ({"not_graded": outcome.failure.reason} if outcome.failure else {}))
+    return records
 
 
 def throughput(batch: DataProto, timings: Timings) -> dict[str, float]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
 
@@ -17,7 +16,7 @@ from verl.tracking import Row
 from verl.trainer.collect import reward_inputs
 from verl.trainer.run import Run
 from verl.trainer.step import samples
-from verl.workers.reward.manager import RewardInput, RewardScore
+from verl.workers.reward.base import Outcome, RewardInput
 from verl.workers.rollout.base import validation_sampling
 
 
@@ -31,14 +30,14 @@ class Validation:
 
 
 def validate(run: Run, loader: StatefulDataLoader, views: Mapping[str, ViewConfig], generations: int) -> Validation:
-    """Means over all responses, k for each prompt, with the same seeds each time.
+    """Means over all responses that were graded, k for each prompt, with the same seeds each time.
 
     Args:
         views: what the thumbnails beside the first response to each of the first `generations` prompts show.
     """
     found = Validation()
     totals: dict[str, float] = {}
-    count = length = 0
+    count = graded = length = 0
     for prompts in tqdm(loader, desc="validating", unit="batch", leave=False):
         config = run.config
         sampling = validation_sampling(config.worker.rollout, config.data.max_response_length, list(prompts["uid"]))
@@ -47,19 +46,21 @@ def validate(run: Run, loader: StatefulDataLoader, views: Mapping[str, ViewConfi
         batch = prompts.select(["uid", "problem", "answer", "prompt_ids"]).repeat_interleave(n)
         batch = batch.with_columns(dict(responses.tensors.items()))
         inputs = reward_inputs(run.vision, batch)
-        scores = ray.get(run.workers.start_reward(inputs))
-        for score in scores:
+        outcomes = run.workers.reward.result(run.workers.reward.start(inputs))
+        for score in (outcome.score for outcome in outcomes if outcome.score is not None):
             for name, value in score.items():
                 totals[name] = totals.get(name, 0.0) + value
-        count += len(scores)
+            graded += 1
+        count += len(outcomes)
         length += int(batch["response_mask"].sum())
         if not found.samples:
-            found.samples = samples(batch, inputs, scores, config.trainer.samples_per_step)
+            found.samples = samples(batch, inputs, outcomes, config.trainer.samples_per_step)
         wanted = generations - len(found.generations)
-        first = batch.rows(slice(0, None, n)), inputs[::n], scores[::n]
+        first = batch.rows(slice(0, None, n)), inputs[::n], outcomes[::n]
         found.generations += generation_rows(run, prompts, *first, views, wanted)
-    found.metrics = {f"val/{'reward' if name == 'overall' else name}": total / count for name, total in totals.items()}
+    found.metrics = {f"val/{'reward' if name == 'overall' else name}": total / graded for name, total in totals.items()}
     found.metrics["val/response_length_mean"] = length / count
+    found.metrics["val/failed_frac"] = (count - graded) / count
     return found
 
 
@@ -68,13 +69,13 @@ def generation_rows(
     prompts: DataProto,
     batch: DataProto,
     inputs: list[RewardInput],
-    scores: list[RewardScore],
+    outcomes: list[Outcome],
     views: Mapping[str, ViewConfig],
     count: int,
 ) -> list[Row]:
     """The first `count` responses, one to each of the `prompts`, as rows of a table with thumbnails."""
     rows = []
-    for record, images in zip(samples(batch, inputs, scores, count), prompts["images"], strict=False):
+    for record, images in zip(samples(batch, inputs, outcomes, count), prompts["images"], strict=False):
         score = record.pop("score")
         pictures = thumbnails(record["uid"], images, views, run.vision, run.config.trainer.seed)
         rows.append({**record, **{f"score/{name}": value for name, value in score.items()}, **pictures})

@@ -5,17 +5,14 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-import ray
 from tqdm import tqdm
 
 from verl.protocol import DataProto
 from verl.single_controller.preflight import place_ranks
-from verl.single_controller.resources import actor_options
+from verl.single_controller.reward_group import RewardGroup
 from verl.single_controller.rollout_group import RolloutGroup
 from verl.single_controller.worker_group import ActorGroup, CriticGroup, ReferenceGroup
 from verl.trainer.plan import Plan
-from verl.workers.reward.manager import RewardInput
-from verl.workers.reward.worker import RewardWorker
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +26,7 @@ class Workers:
     reference: ReferenceGroup | None
     critic: CriticGroup | None
     rollout: RolloutGroup
-    reward: ray.actor.ActorHandle
+    reward: RewardGroup
 
     @classmethod
     def build(cls, plan: Plan) -> Workers:
@@ -46,8 +43,7 @@ class Workers:
         with tqdm(total=2 + trains + refers + values, desc="starting workers", unit="role", leave=False) as bar:
             # An engine measures the free memory of its GPU when it starts: a trainer on that GPU has to be there first.
             rollout = None if layout.shares_gpus else start_rollout()
-            reward = ray.remote(RewardWorker).options(**actor_options(layout, None, 0, 0, threads=1))
-            reward = reward.remote(config.worker.reward)
+            reward = RewardGroup(config, layout)
             actor = ActorGroup(config, layout, placement) if trains else None
             reference = ReferenceGroup(config, layout, placement) if refers else None
             critic = CriticGroup(config, layout, placement) if values else None
@@ -65,7 +61,7 @@ class Workers:
             rollout = rollout or start_rollout()
             rollout.build()
             bar.update()
-            ray.get(reward.ready.remote())
+            reward.build()
             bar.update()
         logger.info("%s; rollout engine %s", layout.in_words(), config.worker.rollout.name)
         return cls(actor, reference, critic, rollout, reward)
@@ -75,7 +71,3 @@ class Workers:
         if self.reference is None:
             return self.actor.compute_reference_log_probs(batch)
         return self.reference.compute_log_probs(batch)
-
-    def start_reward(self, inputs: list[RewardInput]) -> ray.ObjectRef:
-        """Begin to score; the reference stands for a list[RewardScore]."""
-        return self.reward.score.remote(inputs)

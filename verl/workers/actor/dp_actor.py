@@ -47,7 +47,7 @@ def compute_log_probs(
 
 def add_mismatch(metrics: MetricBag, log_probs: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> None:
     """How far engine and trainer are apart, where no pass before the updates tells (see `rollout_metrics`)."""
-    log_probs, rollout = log_probs.double(), rollout.double()  # both are 0 at padding
+    log_probs, rollout = (torch.where(mask.bool(), column.double(), 0.0) for column in (log_probs, rollout))
     difference = (log_probs - rollout).abs()
     metrics.add_tokens("rollout/log_prob_diff_mean", difference, mask)
     metrics.add_tokens("rollout/mismatch_kl", k3(rollout, log_probs), mask)

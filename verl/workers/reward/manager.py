@@ -1,71 +1,112 @@
-"""The rule-based reward manager: a user's batch function, checked."""
+"""The rule-based reward manager: users' functions in processes of their own, checked, added up, and never trusted."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any, TypedDict
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import closing
 
-from verl.config.worker import RewardConfig
-from verl.utils.imports import import_function
+from verl.config.worker import RewardConfig, RewardType
+from verl.workers.reward.base import Failure, Outcome, RewardError, RewardInput, RewardScore, cut, shown
+from verl.workers.reward.pool import GraderPool, Task
 
-
-class RewardInput(TypedDict):
-    """What a reward function sees of one response."""
-
-    response: str  # decoded, without special tokens
-    response_length: int  # tokens, end token included
-    ground_truth: str  # column `data.answer_key`
-
-
-class RewardScore(TypedDict, total=False):
-    """What it returns for it: `overall` trains; every other entry is a component that is logged by its name."""
-
-    overall: float
-    accuracy: float
-    format: float
-
-
-RewardFunction = Callable[..., list[RewardScore]]
+MAIN = "worker.reward"
 
 
 class RewardManager:
-    """Calls the function in `worker.reward.reward_function` and does not trust what it returns."""
+    """Grades responses by `worker.reward`. Its processes start at once; `start` waits for them."""
 
     def __init__(self, config: RewardConfig) -> None:
-        self.name = config.reward_function
-        self.kwargs: dict[str, Any] = config.reward_function_kwargs
-        self.function: RewardFunction = import_function(config.reward_function, "worker.reward.reward_function")
+        self.config = config
+        self.functions = config.functions()
+        self.pool = GraderPool(config)
 
-    def score(self, inputs: list[RewardInput]) -> list[RewardScore]:
-        """One score per input.
+    def start(self) -> None:
+        """Wait until every process is ready. Raises RewardError where the functions cannot be loaded."""
+        self.kinds = self.pool.start()
+
+    def close(self) -> None:
+        self.pool.close()
+
+    def score(self, inputs: list[RewardInput]) -> list[Outcome]:
+        """One outcome per input.
 
         Raises:
-            RuntimeError: the function raised.
-            ValueError: it returned another number of scores, a score without `overall`, components that differ
-                between responses, or a value that is no finite number; the message shows the response.
+            RewardError: a function returned another number of scores, a score without `overall`, a value that is no
+                number, or components that differ between responses; or more than the share
+                `worker.reward.max_failure_frac` of the inputs could not be graded. The message shows a sample.
         """
-        try:
-            scores = self.function(inputs, **self.kwargs)
-        except Exception as error:
-            raise RuntimeError(
-                f"the reward function {self.name} raised {type(error).__name__}: {error}\nfirst input: {inputs[:1]}"
-            ) from error
-        if not isinstance(scores, list) or len(scores) != len(inputs):
-            count = len(scores) if isinstance(scores, list) else f"a {type(scores).__name__}, not a list"
-            raise ValueError(f"the reward function {self.name} returned {count} for {len(inputs)} inputs")
-        for reward_input, score in zip(inputs, scores, strict=True):
-            self._check(reward_input, score, set(scores[0]) if isinstance(scores[0], dict) else set())
-        # Scores of responses that wait are part of a checkpoint, and numpy's floats are no plain ones.
-        return [{name: float(v) if isinstance(v, float) else v for name, v in score.items()} for score in scores]
+        scores: list[dict[str, RewardScore]] = [{} for _ in inputs]
+        seconds = [0.0] * len(inputs)
+        failures: dict[int, Failure] = {}
+        with closing(self.pool.grade(self._tasks(inputs))) as answers:
+            for index, key, answer in answers:
+                seconds[index] += answer.seconds
+                if not isinstance(answer.score, Failure):
+                    scores[index][key] = answer.score
+                    continue
+                detail = f"{self._name(key)}: {answer.score.detail}"
+                failures.setdefault(index, Failure(answer.score.reason, detail))
+                if len(failures) > self.config.max_failure_frac * len(inputs):
+                    raise self._too_many(failures, inputs)
+        first: dict[str, RewardScore] = {}
+        outcomes = []
+        for index, reward_input in enumerate(inputs):
+            self._check_components(scores[index], first, reward_input)
+            if index in failures:
+                outcomes.append(Outcome(None, failures[index], seconds[index]))
+            else:
+                outcomes.append(Outcome(self._sum(scores[index]), None, seconds[index]))
+        return outcomes
 
-    def _check(self, reward_input: RewardInput, score: Any, keys: set[str]) -> None:
-        problem = None
-        if not isinstance(score, dict) or "overall" not in score:
-            problem = "a score is a dict with at least 'overall'"
-        elif set(score) != keys:
-            problem = f"components differ: {sorted(score)} here and {sorted(keys)} for the first response"
-        elif not all(isinstance(v, (int, float)) and math.isfinite(v) for v in score.values()):
-            problem = "every component is a finite number"
-        if problem:
-            raise ValueError(f"the reward function {self.name} returned {score!r} ({problem}) for {reward_input}")
+    def _tasks(self, inputs: list[RewardInput]) -> list[Task]:
+        tasks = []
+        for key, (kind, concurrent) in self.kinds.items():
+            size = max(1, len(inputs)) if kind == RewardType.batch else 1
+            size = self.config.async_concurrency if concurrent else size
+            for start in range(0, len(inputs), size):
+                chosen = inputs[start : start + size]
+                tasks.append(Task(key, list(range(start, start + len(chosen))), chosen))
+        return tasks
+
+    def _sum(self, scores: Mapping[str, RewardScore]) -> RewardScore:
+        """The components of the main reward by their names, those of others as NAME/COMPONENT, and the weighted sum."""
+        if len(self.functions) == 1 and self.config.weight == 1:
+            return scores[MAIN]
+        total = RewardScore(overall=sum(self.functions[key].weight * score["overall"] for key, score in scores.items()))
+        for key, score in scores.items():
+            name = "main" if key == MAIN else key.rpartition(".")[2]
+            total[name] = score["overall"]
+            total |= {c if key == MAIN else f"{name}/{c}": v for c, v in score.items() if c != "overall"}
+        return total
+
+    def _check_components(
+        self, scores: Mapping[str, RewardScore], first: dict[str, RewardScore], reward_input: RewardInput
+    ) -> None:
+        for key, score in scores.items():
+            expected = first.setdefault(key, score)
+            if set(score) != set(expected):
+                raise RewardError(
+                    f"{self._name(key)} returned {cut(repr(score))} (components differ: {sorted(score)} here and "
+                    f"{sorted(expected)} for another response) for\n{shown(reward_input)}"
+                )
+
+    def _name(self, key: str) -> str:
+        return self.functions[key].reward_function
+
+    def _too_many(self, failures: dict[int, Failure], inputs: list[RewardInput]) -> RewardError:
+        reasons = ", ".join(
+            f"{reason} {count}" for reason, count in Counter(f.reason for f in failures.values()).items()
+        )
+        index, failure = next(iter(failures.items()))
+        return RewardError(
+            f"{len(failures)} of {len(inputs)} responses could not be graded ({reasons}), more than "
+            f"worker.reward.max_failure_frac={self.config.max_failure_frac:g} allows. The first, {failure.reason}:\n"
+            f"{failure.detail}\n{shown(inputs[index])}",
+            [record(inputs[index], failure) for index, failure in failures.items()],
+        )
+
+
+def record(reward_input: RewardInput, failure: Failure) -> dict:
+    """A sample that was not graded, for reward_failures.jsonl."""
+    return {"reason": failure.reason, "detail": failure.detail, **reward_input}

@@ -1,10 +1,11 @@
-"""RewardWorker: the reward manager in a process of its own, so that scoring overlaps with the log-prob passes."""
+"""RewardWorker: the reward manager in a Ray actor, so that scoring overlaps with the log-prob passes."""
 
 from __future__ import annotations
 
 from verl.config.worker import RewardConfig
 from verl.utils.process import start_logging
-from verl.workers.reward.manager import RewardInput, RewardManager, RewardScore
+from verl.workers.reward.base import Outcome, RewardInput
+from verl.workers.reward.manager import RewardManager
 
 
 class RewardWorker:
@@ -12,10 +13,11 @@ class RewardWorker:
         start_logging("reward")
         self.manager = RewardManager(config)
 
-    def score(self, inputs: list[RewardInput]) -> list[RewardScore]:
+    def ready(self) -> bool:
+        """Returns when every grader process is ready. Raises RewardError where the functions cannot be loaded."""
+        self.manager.start()
+        return True
+
+    def score(self, inputs: list[RewardInput]) -> list[Outcome]:
         """See RewardManager.score."""
         return self.manager.score(inputs)
-
-    def ready(self) -> bool:
-        """Returns when the reward function has been loaded."""
-        return True

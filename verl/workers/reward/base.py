@@ -1,0 +1,66 @@
+"""What a reward function sees and returns, and the three outcomes of grading a response."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NotRequired, TypedDict
+
+
+class RewardInput(TypedDict):
+    """What a reward function sees of one response."""
+
+    response: str  # decoded, without special tokens
+    response_length: int  # tokens, end token included
+    ground_truth: str  # column `data.answer_key`
+    uid: NotRequired[str]  # the prompt: file and row
+    problem: NotRequired[str]  # the prompt's text as the model reads it, for judges
+
+
+class RewardScore(TypedDict, total=False):
+    """What it returns for it: `overall` trains; every other entry is a component that is logged by its name."""
+
+    overall: float
+    accuracy: float
+    format: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a response has no score: `reason` is timeout, memory, died, raised or not_finite, `detail` is for people.
+
+    `shared` failures are those of a call for several responses: any of them may be the guilty one.
+    """
+
+    reason: str
+    detail: str
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A score, which may well say that the response is wrong, or a failure of the grader, which says nothing about the
+    response. `seconds` is what grading took."""
+
+    score: RewardScore | None
+    failure: Failure | None
+    seconds: float
+
+
+class RewardError(Exception):
+    """A reward function that cannot be used; the message shows the sample. `failures` are records of samples that were
+    not graded, for the run's files."""
+
+    def __init__(self, message: str, failures: list[dict] | None = None) -> None:
+        super().__init__(message)
+        self.failures = failures or []
+
+
+def shown(reward_input: RewardInput) -> str:
+    """A sample for an error message."""
+    return "\n".join(f"  {name}: {cut(str(value))!r}" for name, value in reward_input.items())
+
+
+def cut(text: str, longest: int = 2000) -> str:
+    """Of a long text its two ends."""
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]} [...] {text[-half:]}"
