@@ -63,7 +63,8 @@ def add_mask(commands: argparse._SubParsersAction) -> None:
 
 def mask(options: argparse.Namespace) -> None:
     """Write the picture and its masked view side by side."""
-    from verl.data.vision import VisionProcessor, open_image  # transformers takes seconds, --help should not
+    from verl.data.images import open_image
+    from verl.data.vision import VisionProcessor  # transformers takes seconds, --help should not
 
     config = strategy_config(options.strategy, options.overrides)
     image = open_image(options.image, None)
