@@ -71,7 +71,9 @@ def _opened(image: Any, image_dir: str | None) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} cannot be read: it is no image, or none of {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} cannot be read: {error}; at most {MAX_PIXELS} are decoded: make it smaller") from error
+        raise ValueError(
+            f"{name} cannot be read: {error}; at most {MAX_PIXELS} are decoded: make it smaller"
+        ) from error
     except Exception as error:  # on a broken file, decoders raise anything from SyntaxError to struct.error
         raise ValueError(f"{name} cannot be read: {error or type(error).__name__}") from error
 
@@ -91,7 +93,9 @@ def _source(image: Any, image_dir: str | None) -> tuple[io.BytesIO | str | Image
         return image, f"the image file '{image}'"
     if isinstance(image, (bytes, bytearray, memoryview)):
         return io.BytesIO(image), f"an image of {len(image)} bytes"
-    raise ValueError(f"an image is given as {type(image).__name__}; bytes, a path, base64 or {{bytes, path}} are needed")
+    raise ValueError(
+        f"an image is given as {type(image).__name__}; bytes, a path, base64 or {{bytes, path}} are needed"
+    )
 
 
 def _from_text(text: str, image_dir: str | None) -> bytes | str:

@@ -40,6 +40,12 @@ class VisionProcessor:
             )
         return self.processor.image_processor
 
+    @cached_property
+    def media_tokens(self) -> tuple[str, ...]:
+        """What stands for images and videos in a text; a problem that holds it would be taken for a picture."""
+        ids = {getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video")}
+        return tuple(token for token, i in self.tokenizer.get_added_vocab().items() if i in ids)
+
     def chat_text(self, text: str, marker: str = "<image>") -> str:
         """The whole prompt as text: one user message whose `marker`s stand for images, then the model's turn."""
         content: list[dict[str, str]] = []

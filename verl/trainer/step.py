@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from verl.columns import view_column
+from verl.metrics.memory import host_memory
 from verl.metrics.timing import Timings
 from verl.protocol import DataProto, check_columns
 from verl.trainer.advantages import add_advantages
@@ -54,6 +55,7 @@ def run_step(run: Run, collector: Collector, step: int, scale: float = 1.0) -> S
         **updated,
         **{f"timing_s/{phase}": seconds for phase, seconds in timings.seconds.items()},
         **throughput(batch, timings),
+        **host_memory(),
     }
     sampling = run.config.worker.rollout
     waited = batch["weight_version"].unique().numel() > 1
