@@ -68,7 +68,7 @@ def test_clevr_count_with_one_image_in_a_column_and_no_marker(tmp_path, vision):
     made = Dataset.from_dict({"image": [picture()] * 2, "question": ["How many?"] * 2, "count": [3, 10]}, features)
     made.to_parquet(tmp_path / "train.parquet")
     columns = {"image_key": "image", "prompt_key": "question", "answer_key": "count"}
-    with pytest.raises(ValueError, match=r"row 0: the problem has 0 <image> .* 1 image.*1 other rows are at fault"):
+    with pytest.raises(ValueError, match=r"row 0: the problem has 0 <image> .* 1 image.*1 more row.s. at fault"):
         dataset(tmp_path / "train.parquet", vision, **columns)
     (tmp_path / "t.jinja").write_text("<image>{{ content }}")
     data = dataset(tmp_path / "train.parquet", vision, format_prompt=str(tmp_path / "t.jinja"), **columns)

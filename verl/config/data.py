@@ -26,8 +26,8 @@ class DataConfig:
     `algorithm.online_filtering` needs several (default: as many). Lengths are in tokens, `min_pixels` and
     `max_pixels` bound the area of an image after resizing. A relative image path is looked up in `image_dir`.
 
-    `filter_overlong_prompts` counts every prompt's tokens before the run, in `filter_overlong_prompts_workers` processes
-    (default: one per core). `truncation` is by default `drop` with that filter, and `error` without it.
+    `filter_overlong_prompts` counts every prompt's tokens before the run, in `filter_overlong_prompts_workers`
+    processes (default: one per core). `truncation` is by default `drop` with that filter, and `error` without it.
     """
 
     train_files: str | None = None

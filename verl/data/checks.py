@@ -37,8 +37,8 @@ def refuse(rows: PromptRows, faults: Iterator[Fault] | Sequence[Fault]) -> None:
     found = list(islice(faults, COUNTED_FAULTS + 1))
     if found:
         others = len({fault.index for fault in found}) - 1
-        more = "" if not others else f" (and {others if others < COUNTED_FAULTS else f'over {COUNTED_FAULTS}'} other"
-        more += "" if not others else " rows are at fault; `papo data check` lists them)"
+        count = others if len(found) <= COUNTED_FAULTS else f"at least {others}"
+        more = f" (and {count} more row(s) at fault; `papo data check` lists them)" if others else ""
         raise ValueError(f"{rows.where(found[0].index)}: {found[0].text}{more}")
 
 

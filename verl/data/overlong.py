@@ -1,4 +1,4 @@
-"""Which prompts are too long: counted by arithmetic on image headers, without decoding an image or calling a processor."""
+"""Which prompts are too long: counted by arithmetic on image headers; no image is decoded and no processor called."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def filter_overlong(rows: PromptRows, vision: VisionProcessor) -> list[int]:
         faults = ((index, uncuttable(rows, vision, rows[index])) for index in long)
         refuse(rows, [Fault(index, "length", text) for index, text in faults if text])
     logger.warning(
-        "%d of %d prompts are longer than data.max_prompt_length=%d tokens, the longest has %d, and are %s, the first: %s",
+        "%d of %d prompts are longer than data.max_prompt_length=%d tokens (the longest has %d) and are %s, the first: "
+        "%s",
         len(long),
         len(rows),
         limit,
