@@ -10,6 +10,7 @@ import sys
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from papo.data_check.command import add_data
 from papo.doctor.command import add_doctor
 from papo.plugin import register
 from verl.config.algorithm import ViewConfig, ViewStage
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add_mask(commands)
     add_convert_config(commands)
     add_doctor(commands)
+    add_data(commands)
     return top
 
 
