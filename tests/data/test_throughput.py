@@ -84,7 +84,7 @@ def test_sixteen_responses_need_no_more_memory_for_images_than_one(assets):
         return int(done.stdout)
 
     one, sixteen = peak(1), peak(16)
-    assert one > 4 * 2 * 20  # MiB: four pictures of 1,000 pixels a side, and their masked views
+    assert one > 2 * 2 * 20  # MiB: two pictures of 1,000 pixels a side, and their masked views
     assert sixteen <= 1.3 * one
 
 

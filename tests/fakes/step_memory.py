@@ -20,7 +20,7 @@ from verl.data.vision import VisionProcessor
 from verl.protocol import DataProto
 from verl.workers.actor.forward import model_inputs
 
-PROMPTS, RANKS, MICRO_BATCH = 4, 2, 2
+PROMPTS, RANKS, MICRO_BATCH = 2, 2, 2
 
 
 def memory(field: str) -> int:

@@ -23,15 +23,14 @@ logger = logging.getLogger(__name__)
 VERSION = 1  # of how lengths are counted
 
 
-def load_lengths(rows: PromptRows, vision: VisionProcessor) -> np.ndarray | None:
-    """[rows] int32, or None where they are not known; a cache file that is broken is said and made anew."""
-    path = cache_path(rows, vision)
+def load_lengths(path: str, num_rows: int) -> np.ndarray | None:
+    """[num_rows] int32, or None where they are not known; a cache file that is broken is said."""
     if not os.path.exists(path):
         return None
     try:
         lengths = np.load(path, allow_pickle=False)
-        if lengths.shape != (len(rows),) or lengths.dtype != np.int32 or (lengths <= 0).any():
-            raise ValueError(f"it holds {lengths.dtype} {lengths.shape}, and there are {len(rows)} rows")
+        if lengths.shape != (num_rows,) or lengths.dtype != np.int32 or (lengths <= 0).any():
+            raise ValueError(f"it holds {lengths.dtype} {lengths.shape}, and there are {num_rows} rows")
     except (OSError, ValueError, EOFError) as error:
         logger.warning("the cache of prompt lengths '%s' is broken and is made anew: %s", path, error)
         return None
@@ -39,9 +38,8 @@ def load_lengths(rows: PromptRows, vision: VisionProcessor) -> np.ndarray | None
     return lengths
 
 
-def save_lengths(rows: PromptRows, vision: VisionProcessor, lengths: np.ndarray) -> None:
+def save_lengths(path: str, lengths: np.ndarray) -> None:
     """Keep `lengths` for `load_lengths`; where that is not possible, a warning says so."""
-    path = cache_path(rows, vision)
     try:
         with atomic_path(path) as temporary, open(temporary, "wb") as file:
             np.save(file, lengths)

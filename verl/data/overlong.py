@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from verl.config.data import PromptTruncation
 from verl.data.checks import Fault, refuse
 from verl.data.images import image_size
-from verl.data.length_cache import load_lengths, save_lengths
+from verl.data.length_cache import cache_path, load_lengths, save_lengths
 from verl.data.rows import IMAGE_MARKER, PromptRows
 from verl.data.scan import scan
 from verl.data.vision import VisionProcessor
@@ -66,13 +66,14 @@ def prompt_lengths(rows: PromptRows, vision: VisionProcessor) -> np.ndarray:
 
     Raises ValueError for images that cannot be read, naming file and row.
     """
-    lengths = load_lengths(rows, vision)
+    path = cache_path(rows, vision)
+    lengths = load_lengths(path, len(rows))
     if lengths is None:
         workers = rows.config.filter_overlong_prompts_workers
         found = list(scan(rows, partial(count_prompts, rows, vision), "counting prompt tokens", workers))
         refuse(rows, [fault for fault in found if isinstance(fault, Fault)])
         lengths = np.array(found, dtype=np.int32)
-        save_lengths(rows, vision, lengths)
+        save_lengths(path, lengths)
     return lengths
 
 
@@ -107,6 +108,8 @@ def cut_left(rows: PromptRows, vision: VisionProcessor, row: dict[str, Any], ima
     def fits(count: int) -> bool:
         return vision.count_tokens([vision.chat_text(text_without(count))])[0] + extra <= limit
 
+    if fits(0):
+        return text_without(0)
     candidates = range(max(1, len(problem.replace(IMAGE_MARKER, ""))))  # one character at least stays
     count = bisect_left(candidates, True, key=fits)
     if count == len(candidates):

@@ -29,13 +29,11 @@ class PromptRows:
     def __init__(self, reference: str, key: str, config: DataConfig, view_columns: Sequence[str] = ()) -> None:
         self.config = config
         self.view_columns = tuple(view_columns)
-        required = dict.fromkeys(
-            view_columns, "which the option `column` of a view in algorithm.views names"
-        )  # a column may have several uses; the plainest comes last, for errors
+        required = dict.fromkeys(view_columns, "which the option `column` of a view in algorithm.views names")
         required |= {config.answer_key: "data.answer_key", config.prompt_key: "data.prompt_key"}
         opened = open_rows(reference, key, required, (config.image_key, VIDEO_COLUMN))
-        self.table, self.sources, self.origin = opened.dataset.data, opened.sources, opened.origin
-        self.dataset = opened.dataset
+        self.dataset, self.sources, self.origin = opened.dataset, opened.sources, opened.origin
+        self.table = opened.dataset.data
         self.template = load_template(config.format_prompt)
 
     def __len__(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -10,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from verl.data.rows import PromptRows
+from verl.utils.process import usable_cores
 
 T = TypeVar("T")
 CHUNK = 64  # rows that a process holds at a time, with their images' bytes
@@ -23,13 +23,12 @@ def scan(
 
     Args:
         look: takes the index of a first row, and rows from there; returns one value for each of them.
-        workers: processes; by default one per core.
+        workers: processes, at most and by default one per core.
 
     Raises:
         RuntimeError: a process died, as the kernel ends them where memory is short.
     """
-    cores = len(os.sched_getaffinity(0))
-    workers = min(workers or cores, cores) if len(rows) > FEW else 0
+    workers = min(workers or usable_cores(), usable_cores()) if len(rows) > FEW else 0
     workers = 0 if workers == 1 else workers
     # Forked, so that neither the rows nor a tokenizer have to be copied into the processes.
     context = "fork" if workers else None

@@ -10,7 +10,9 @@ GIB = 2**30
 
 def host_memory() -> dict[str, float]:
     """`perf/host_memory_gb`, used on the driver's node by all processes, and `perf/driver_memory_gb`, by the driver and
-    its loader processes, pages that they share counted once; in GiB."""
+    its loader processes, pages that they share counted once; in GiB. Nothing where the system does not say it."""
+    if not os.path.exists("/proc/meminfo"):
+        return {}
     sizes = _fields("/proc/meminfo")
     driver = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
     return {
