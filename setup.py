@@ -10,6 +10,7 @@ REQUIRES = [
     "torchvision==0.28.0",
     # The range that vLLM 0.32 accepts.
     "transformers>=5.16.1,<5.20",
+    "peft>=0.17,<1",
     "ray[default]==2.60.0",  # default: `ray job submit`
     "hydra-core==1.3.8",
     "omegaconf==2.3.1",

@@ -25,6 +25,7 @@ REQUIRED = [
         "scripts/torchvision_cpu_shim.py in site-packages: " + REINSTALL,
     ),
     ("transformers", ["AutoProcessor", "Qwen2_5_VLForConditionalGeneration"], "models", REINSTALL),
+    ("peft", ["LoraConfig"], "low-rank adapters", REINSTALL),
     ("ray", [], "worker processes", REINSTALL),
     ("hydra", [], "configuration", REINSTALL),
     ("omegaconf", [], "configuration", REINSTALL),

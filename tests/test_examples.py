@@ -29,6 +29,7 @@ SETTINGS = {
     "papo_grpo/qwen2_5_vl_7b_grpo.sh": (4, 0.3, 0.01, None, 0.0, None),
     "papo_grpo/qwen2_5_vl_3b_grpo_papo.sh": (2, 0.3, 0.01, 0.02, 0.0, 0.0),
     "papo_grpo/qwen2_5_vl_7b_grpo_papo.sh": (4, 0.3, 0.01, 0.02, 0.05, 0.05),
+    "papo_grpo/qwen2_5_vl_7b_grpo_papo_lora.sh": (1, 0.3, 0.01, 0.02, 0.05, 0.05),
     "papo_grpo/qwen2_5_vl_3b_grpo_papo_no_kl_ref.sh": (2, 0.3, None, 0.01, 0.03, 0.03),
     "papo_grpo/qwen2_5_vl_7b_grpo_papo_no_kl_ref.sh": (4, 0.3, None, 0.01, 0.03, 0.03),
     "papo_grpo/qwen3_vl_2b_thinking_grpo.sh": (4, 0.3, 0.01, None, 0.0, None),
@@ -88,9 +89,10 @@ def test_every_script_is_the_papers_setting(script, launch):
     sizes = compute_sizes(config)
     assert (sizes.responses_per_step, sizes.responses_per_update, sizes.updates_per_step) == (1920, 640, 3)
     assert (sizes.ranks, config.trainer.total_epochs, config.trainer.val_freq) == (gpus, 2, 5)
-    optim = config.worker.actor.optim
+    optim, lora = config.worker.actor.optim, config.worker.actor.model.lora
+    assert (lora.rank > 0) == script.endswith("_lora.sh") == config.worker.actor_is_reference
     assert (optim.lr, optim.weight_decay, optim.lr_warmup_steps, config.worker.actor.max_grad_norm) == (
-        1e-6,
+        1e-5 if lora.rank else 1e-6,
         0.01,
         0,
         1,

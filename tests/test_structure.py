@@ -19,7 +19,7 @@ LAYERS = [
     {"workers"},
     {"data"},
     {"models", "algorithms"},
-    {"config", "metrics", "registry", "plugins", "protocol", "columns", "utils"},
+    {"config", "metrics", "registry", "plugins", "protocol", "columns", "checkpoint", "utils"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

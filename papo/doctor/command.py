@@ -37,7 +37,7 @@ MACHINE = (
 )
 RUN = (
     ("run", ("run:check_config", "run:check_devices", "run:check_reward")),
-    ("model and data", ("run:check_model", "run:check_output", "run:check_data")),
+    ("model and data", ("run:check_model", "run:check_adapter", "run:check_output", "run:check_data")),
     ("memory", ("fit:check_memory_fit", "fit:check_images_of_step")),
 )
 
@@ -58,6 +58,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--config-dir", metavar="DIR", help="a folder of presets of your own")
     command.add_argument("--gpus", type=int, metavar="N", help="GPUs per node of a machine that one is not on")
     command.add_argument("--gpu-memory", type=float, metavar="GIB", help="of each of them")
+    command.add_argument(
+        "--dry-run", action="store_true", help="then, if all is well, send the largest legal sample through everything"
+    )
     command.add_argument("--json", action="store_true", help="for machines")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides of the preset")
 
@@ -81,6 +84,12 @@ def doctor(options: argparse.Namespace) -> None:
         sys.stdout.write(as_text(sections, case.estimate))
     if any(finding.level == Level.error for found in sections.values() for finding in found):
         sys.exit(1)
+    if options.dry_run:
+        from verl.trainer import main
+
+        main.main(
+            ["--dry-run", "--config-name", options.config_name, "--config-dir", config_dir(options), *options.overrides]
+        )
 
 
 def make_case(options: argparse.Namespace) -> Case:
@@ -89,8 +98,9 @@ def make_case(options: argparse.Namespace) -> Case:
 
     if (options.gpus is None) != (options.gpu_memory is None):
         raise ValueError("--gpus N and --gpu-memory GIB go together")
-    if options.overrides and not options.config_name:
-        raise ValueError(f"{' '.join(options.overrides)}: overrides need --config-name")
+    for given in (*options.overrides, *["--dry-run"] * options.dry_run):
+        if not options.config_name:
+            raise ValueError(f"{given} needs --config-name")
     if options.gpus is None:
         return Case(find_gpus())
     if options.gpus < 1 or options.gpu_memory <= 0:
@@ -101,11 +111,17 @@ def make_case(options: argparse.Namespace) -> Case:
 
 def compose(options: argparse.Namespace) -> Config:
     """The config of the run."""
-    from verl.config.compose import CONFIG_DIR, compose_config
+    from verl.config.compose import compose_config
     from verl.utils.process import quiet_libraries
 
     quiet_libraries()
-    return compose_config(options.config_name, options.overrides, options.config_dir or CONFIG_DIR)
+    return compose_config(options.config_name, options.overrides, config_dir(options))
+
+
+def config_dir(options: argparse.Namespace) -> str:
+    from verl.config.compose import CONFIG_DIR
+
+    return options.config_dir or CONFIG_DIR
 
 
 def run_checks(case: Case, sections: tuple[tuple[str, tuple[str, ...]], ...]) -> Iterator[tuple[str, list[Finding]]]:

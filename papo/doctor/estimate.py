@@ -89,7 +89,7 @@ def load_of(
         chunk=actor.logits_chunk_size,
         logits=logits,
         checkpointing=actor.model.enable_gradient_checkpointing,
-        frozen_vision=actor.model.freeze_vision_tower,
+        frozen_vision=actor.model.freeze_vision_tower or (shape.adapter > 0 and not actor.model.lora.vision_tower),
         reshard=actor.fsdp.reshard_after_forward,
         min_block=actor.fsdp.min_block_params,
         masked=actor.model.attn_implementation == "sdpa",
@@ -122,7 +122,8 @@ def estimate(
     if not config.trainer.val_only:
         roles, work = _training(config, requirements, recomputes_old, shapes, load, device)
     trainers = {role.name for role in roles} & {"actor", "reference", "critic"}
-    engine, cache = engine_terms(config, shapes[0], load, device, capacity)
+    merged = replace(shapes[0], adapter=0)
+    engine, cache = engine_terms(config, merged, load, device, capacity)
     roles.append(Role("engine", tuple(engine), replicas if device == "cpu" else 1))
     if device == "cpu":
         phases = _on_cpu(work, total(engine), load.ranks, len(trainers), replicas)
@@ -150,9 +151,11 @@ def _training(
     shape, ref_shape = shapes
     states, gradients, step = state_terms(shape, load), gradient_term(shape, load), optimizer_step_term(shape, load)
     update = [gradients, *update_terms(shape, load)]
-    passes = pass_terms(shape, load, load.reshard) if recomputes_old or requirements.stored_views else []
+    own_reference = requirements.reference and config.worker.actor_is_reference
+    asks = recomputes_old or requirements.stored_views or own_reference
+    passes = pass_terms(shape, load, load.reshard) if asks else []
     ref_rest, ref_pass = [], []
-    if requirements.reference:
+    if requirements.reference and not own_reference:
         ref_load = replace(load, min_block=config.worker.ref.fsdp.min_block_params)
         ref_rest = state_terms(ref_shape, ref_load)[:1]
         ref_pass = pass_terms(ref_shape, ref_load, config.worker.ref.fsdp.reshard_after_forward)
@@ -185,9 +188,10 @@ def _training(
 
 def _critic_terms(config: Config, shape: Shape, load: Load) -> tuple[list[Term], list[Term]]:
     """(what it holds, what its update takes besides): the actor's model with one view and a head of one output."""
-    critic = config.worker.critic
+    critic, shape = config.worker.critic, replace(shape, adapter=0)
     own = replace(
         load,
+        frozen_vision=config.worker.actor.model.freeze_vision_tower,
         update_rows=critic.micro_batch_size_per_device_for_update,
         update_views=1,
         checkpointing=critic.enable_gradient_checkpointing,

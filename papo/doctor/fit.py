@@ -67,7 +67,8 @@ def check_images_of_step(case: Case) -> Iterator[Finding]:
 
 def _shapes(case: Case) -> tuple[Shape, Shape]:
     """Of the actor's and of the reference's model."""
-    shape, ref_path = shape_of(case.hf_config), case.config.worker.ref.model_path
+    worker = case.config.worker
+    shape, ref_path = shape_of(case.hf_config, worker.actor.model.lora), worker.ref.model_path
     refers = ref_path and case.requirements.reference
     return shape, shape_of(load_hf_config(ref_path, case.config)) if refers else shape
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from papo.doctor.shape import Shape
 
-FLOAT = 4  # weights, gradients and both optimizer states are float32 whatever the compute dtype
+FLOAT = 4  # trained weights, gradients and both optimizer states are float32 whatever the compute dtype
 
 # Bytes per logit of a chunk: its copies in compute dtype and float32, forward and backward.
 LOGIT_BYTES = {"log_probs": 17, "entropy": 21, "kl": 30}
@@ -58,16 +58,20 @@ class Term:
 
 def trainable(shape: Shape, load: Load) -> int:
     """Parameters that get gradients."""
+    if shape.adapter:
+        return shape.adapter
     return shape.parameters - (shape.vision_parameters if load.frozen_vision else 0)
 
 
 def state_terms(shape: Shape, load: Load) -> list[Term]:
     """Weights and optimizer states: what the actor always has."""
     trained = trainable(shape, load)
+    width = load.width if shape.adapter else FLOAT  # below adapters they are frozen
+    weights, how = width * shape.parameters + FLOAT * shape.adapter, f"{width} bytes x {billions(shape.parameters)}"
+    if shape.adapter:
+        how = f"({how} + 4 bytes x {billions(shape.adapter)})"
     return [
-        Term(
-            "weights", FLOAT * shape.parameters // load.ranks, f"4 bytes x {billions(shape.parameters)} / {load.ranks}"
-        ),
+        Term("weights", weights // load.ranks, f"{how} / {load.ranks}"),
         Term(
             "optimizer states", 2 * FLOAT * trained // load.ranks, f"2 x 4 bytes x {billions(trained)} / {load.ranks}"
         ),
@@ -90,10 +94,9 @@ def optimizer_step_term(shape: Shape, load: Load) -> Term:
 def gathered_term(shape: Shape, load: Load, reshard: bool) -> Term:
     """Weights in compute dtype as FSDP gathers them: the root's, and a block with the one behind it."""
     if not reshard:
-        return Term(
-            "gathered weights", load.width * shape.parameters, f"{load.width} bytes x {billions(shape.parameters)}"
-        )
-    root, block = shape.root(load.min_block), shape.largest_block(load.min_block)
+        every = shape.parameters + shape.adapter
+        return Term("gathered weights", load.width * every, f"{load.width} bytes x {billions(every)}")
+    root, block = shape.root(load.min_block), shape.largest_block(load.min_block) + _adapter_of_block(shape)
     how = f"{load.width} bytes x ({billions(root)} outside blocks + 2 x {billions(block)})"
     return Term("gathered weights", load.width * (root + 2 * block), how)
 
@@ -101,12 +104,19 @@ def gathered_term(shape: Shape, load: Load, reshard: bool) -> Term:
 def gathered_gradient_term(shape: Shape, load: Load) -> Term:
     """Gradients before they are reduced: the root's until the end of backward, a block's with its float32 copy, and
     the head's once more, since it gets one gradient per chunk of logits."""
+    if shape.adapter:
+        block = _adapter_of_block(shape)
+        return Term("gathered gradients", (load.width + FLOAT) * block, f"adapters of one block, {billions(block)}")
     root, block = shape.root(load.min_block), shape.largest_block(load.min_block)
     if load.frozen_vision:
         root -= shape.vision_parameters - shape.vision.layers * shape.vision.block
     total = load.width * (root + shape.head) + (load.width + FLOAT) * block
     how = f"{load.width} bytes x ({billions(root)} + head {billions(shape.head)}) + one block"
     return Term("gathered gradients", total, how)
+
+
+def _adapter_of_block(shape: Shape) -> int:
+    return shape.adapter // shape.text.layers
 
 
 def text_kept(shape: Shape, width: int) -> int:
@@ -123,8 +133,10 @@ def vision_kept(shape: Shape, width: int) -> int:
 
 
 def text_working(shape: Shape, width: int, grad: bool) -> int:
-    """Bytes per token that a block needs for a moment, beside what it keeps."""
-    return width * (3 * shape.text.intermediate + (1 if grad else 2) * shape.text.hidden)
+    """Bytes per token that a block needs for a moment, beside what it keeps. Without gradient an adapter's output is
+    one more; with it the gradients of frozen weights' inputs are fewer, and the bound stays."""
+    wide = 4 if shape.adapter and not grad else 3
+    return width * (wide * shape.text.intermediate + (1 if grad else 2) * shape.text.hidden)
 
 
 def vision_working(shape: Shape, width: int, grad: bool) -> int:

@@ -89,6 +89,22 @@ def check_model(case: Case) -> Iterator[Finding]:
         yield from _check_folder(case, ref.model_path)
 
 
+def check_adapter(case: Case) -> Iterator[Finding]:
+    """The layers that LoRA names are there."""
+    from papo.doctor.memory import billions
+    from papo.doctor.shape import shape_of
+
+    lora = case.config.worker.actor.model.lora
+    if not lora.rank or case.config.trainer.val_only:
+        return
+    hf_config = case.hf_config
+    try:
+        trained = shape_of(hf_config, lora).adapter
+        yield ok("adapter", f"LoRA of rank {lora.rank}: {billions(trained)} parameters to train")
+    except ValueError as reason:
+        yield error("adapter", str(reason))
+
+
 def _check_folder(case: Case, path: str) -> Iterator[Finding]:
     from papo.doctor.memory import billions
     from papo.doctor.shape import shape_of

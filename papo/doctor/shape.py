@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from verl.config.worker import LoRAConfig
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,8 @@ class Tower:
 
 @dataclass(frozen=True)
 class Shape:
-    """`parameters` counts a tied head once, as memory does. `pixels` are the values of one patch, `merge` patches
-    make a token along each axis."""
+    """`parameters` counts a tied head once, as memory does, and `adapter` those of LoRA's matrices, which come on top.
+    `pixels` are the values of one patch, `merge` patches make a token along each axis."""
 
     parameters: int
     vision_parameters: int
@@ -33,6 +36,7 @@ class Shape:
     patch: int
     merge: int
     pixels: int
+    adapter: int = 0
 
     @property
     def head(self) -> int:
@@ -53,16 +57,16 @@ class Shape:
         return 2 * self.text.layers * self.kv_heads * self.head_dim * width
 
 
-def shape_of(config: Any) -> Shape:
-    """The shape of the model with this Hugging Face config, counted on the meta device: no weight is made or read."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+def shape_of(config: Any, lora: LoRAConfig | None = None) -> Shape:
+    """The shape of the model with this Hugging Face config, counted on the meta device: no weight is made or read.
 
+    Raises ValueError for targets of `lora` that it does not have.
+    """
     from verl.models.families import family_of
+    from verl.models.loading import outline
+    from verl.models.lora import adapter_parameters
 
-    sees = family_of(config).has_vision
-    with torch.device("meta"):
-        model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config)
+    sees, model = family_of(config).has_vision, outline(config)
     text = config.get_text_config()
     blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     in_tower = {id(module) for module in model.model.visual.modules()} if sees else set()
@@ -80,6 +84,7 @@ def shape_of(config: Any) -> Shape:
         patch=config.vision_config.patch_size if sees else 1,
         merge=config.vision_config.spatial_merge_size if sees else 1,
         pixels=_patch_values(config.vision_config) if sees else 0,
+        adapter=adapter_parameters(model, lora) if lora is not None and lora.rank else 0,
     )
 
 

@@ -136,6 +136,15 @@ def test_unknown_presets_and_missing_values_are_named():
         (["worker.rollout.top_p=1.5"], "worker.rollout.top_p=1.5"),
         (["worker.rollout.top_k=0"], "worker.rollout.top_k=0"),
         (["worker.actor.micro_batch_size_per_device_for_update=0"], "for_update=0: a value above 0"),
+        (["worker.actor.model.lora.rank=-1"], "lora.rank=-1: 1 or more, or 0"),
+        (["worker.actor.model.lora.alpha=0"], "lora.alpha=0: a value above 0"),
+        (["worker.actor.model.lora.target_modules=[]"], "lora.target_modules=.*all-linear, or a list of names"),
+        (["worker.actor.model.lora.target_modules=[q_proj,3]"], r"lora.target_modules=\['q_proj', 3\]: all-linear"),
+        (["worker.actor.model.lora.target_modules='*_proj'"], r"target_modules: '\*_proj' is no regular expression"),
+        (
+            ["worker.actor.model.lora.vision_tower=true", "worker.actor.model.freeze_vision_tower=true"],
+            "lora.vision_tower=true trains what worker.actor.model.freeze_vision_tower=true freezes",
+        ),
         (["data.min_pixels=9", "data.max_pixels=8"], "data.min_pixels=9 is above data.max_pixels=8"),
         (["data.val_files=null"], "data.val_files is not set"),
         (["data.val_files=null", "trainer.val_only=true"], "data.val_files is not set, and trainer.val_only"),
@@ -191,7 +200,7 @@ def test_a_mistyped_template_is_named():
 
 
 def test_a_loss_term_in_a_users_file_is_ten_lines(tmp_path, monkeypatch):
-    """The README's example, as it stands there."""
+    """The example of configs/README.md, as it stands there."""
     source = readme_term()
     (tmp_path / "my_terms.py").write_text(source)
     monkeypatch.setenv("VERL_PLUGINS", str(tmp_path / "my_terms.py"))

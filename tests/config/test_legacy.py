@@ -13,6 +13,7 @@ from verl.config.config import Config
 from verl.config.legacy import compose_legacy, translate, translate_overrides
 from verl.config.legacy_rule import same
 from verl.config.legacy_table import RULES, register_rules
+from verl.config.worker import LoRAConfig
 from verl.trainer.main import compose, parse
 
 pytestmark = pytest.mark.usefixtures("in_repository")
@@ -35,12 +36,9 @@ REFUSED = {
     "worker.actor.ulysses_size=2": "worker.actor.ulysses_size=2",
     "worker.actor.loss_type=sapo": "worker.actor.loss_type=sapo",
     "worker.actor.optim.lr_warmup_ratio=0.1": "lr_warmup_ratio=0.1.*lr_warmup_steps",
-    "worker.actor.model.lora.rank=64": "worker.actor.model.lora.rank=64",
     "worker.actor.fsdp.mp_param_dtype=fp16": "worker.actor.fsdp.mp_param_dtype=fp16",
-    "worker.rollout.ignore_eos=true": "worker.rollout.ignore_eos=True",
     "worker.rollout.val_override_config.max_tokens=9": "val_override_config.max_tokens=9",
     "worker.reward.reward_type=sequential": "worker.reward.reward_type=sequential.*list",
-    "trainer.load_checkpoint_path=a/global_step_5": "trainer.load_checkpoint_path=a/global_step_5.*model_path",
     "trainer.val_freq=often": "trainer.val_freq=often: .*str",
     "worker.rollout.val_override_config=9": "worker.rollout.val_override_config=9: .*int",
     "worker.actor.global_batch_size=0": "zero",
@@ -70,19 +68,35 @@ def test_unknown_keys_and_files_are_named(tmp_path):
 
 def test_each_key_is_said_once_and_none_in_silence(caplog):
     """What changes its name or has no effect is a line; what is the same is none; defaults that fill in are one."""
-    overrides = ["worker.actor.padding_free=true", "trainer.save_freq=5", "worker.actor.clip_ratio_high=0.28"]
+    overrides = [
+        "worker.actor.padding_free=true",
+        "trainer.save_best_checkpoint=true",
+        "worker.actor.clip_ratio_high=0.28",
+    ]
     with caplog.at_level(logging.INFO, logger="verl"):
         translate("examples/config.yaml", overrides)
     lines = [record.getMessage() for record in caplog.records]
     for said in (
         "worker.actor.padding_free=true: how rows are padded changes no result",
-        "trainer.save_freq=5: this version saves the model once",
+        "trainer.save_best_checkpoint=true -> trainer.save_best=val/reward",
         "worker.actor.clip_ratio_high=0.28 -> term@algorithm.terms.policy=policy",
         "algorithm.use_kl_loss=true, algorithm.kl_penalty=low_var_kl, algorithm.kl_coef=0.01 -> term@algorithm.terms.r",
         "examples/config.yaml does not set, so EasyR1's and PAPO's defaults hold: data.rollout_batch_size=512",
     ):
         assert sum(said in line for line in lines) == 1, said
     assert not any("data.train_files" in line for line in lines)
+
+
+def test_saving_and_resuming():
+    saving = "trainer.save_freq=5 trainer.save_limit=3 trainer.save_model_only=true trainer.save_best_checkpoint=true"
+    trainer = compose_legacy("examples/config.yaml", saving.split()).trainer
+    assert (trainer.save_freq, trainer.save_limit, trainer.save_model_only) == (5, 3, True)
+    assert (trainer.save_best, trainer.resume) == ("val/reward", "auto")
+    upstream = ["trainer.save_freq=-1", "trainer.save_limit=-1", "trainer.find_last_checkpoint=false"]
+    trainer = compose_legacy("examples/config.yaml", upstream).trainer
+    assert (trainer.save_freq, trainer.save_limit, trainer.save_best, trainer.resume) == (0, 0, None, "never")
+    named = ["trainer.load_checkpoint_path=a/global_step_5"]
+    assert compose_legacy("examples/config.yaml", named).trainer.resume == "a/global_step_5"
 
 
 def test_clipping_token_selection_imitation_and_average():
@@ -113,6 +127,16 @@ def test_a_kl_in_the_reward_and_a_critic():
     assert "ref_kl" not in config.algorithm.terms
     assert (config.algorithm.adv_estimator, config.algorithm.lam, config.trainer.critic_warmup) == ("gae", 0.95, 3)
     assert (critic.optim.lr, critic.cliprange_value, critic.model_path) == (2e-6, 0.3, "c")
+
+
+def test_lora():
+    lora = "worker.actor.model.lora"
+    config = compose_legacy("examples/config.yaml", [f"{lora}.rank=64"])
+    assert config.worker.actor.model.lora == LoRAConfig(rank=64, alpha=16, target_modules="all-linear")
+    assert config.worker.actor_is_reference and "ref_kl" in config.algorithm.terms
+    names = [f"{lora}.rank=8", f"{lora}.alpha=32", f'{lora}.target_modules="q_proj, v_proj"']
+    config = compose_legacy("examples/config.yaml", names)
+    assert config.worker.actor.model.lora == LoRAConfig(rank=8, alpha=32, target_modules=["q_proj", "v_proj"])
 
 
 def test_old_files_take_new_keys_and_hydras_own():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer
 
 from tests.fakes.rows import row, write_parquet
 from verl.config.compose import compose_config
@@ -16,7 +18,7 @@ from verl.data.vision import VisionProcessor
 from verl.models.families import image_spans
 from verl.protocol import DataProto
 from verl.trainer.collect import reward_inputs
-from verl.trainer.plan import check, check_sight
+from verl.trainer.plan import check, check_companions, check_sight
 
 
 def vision_of(families, model_type: str) -> VisionProcessor:
@@ -94,3 +96,26 @@ def test_a_reward_sees_the_tag_that_a_thinking_models_template_has_opened(famili
         (seen[model_type],) = reward_inputs(vision, batch)
         assert seen[model_type]["response_length"] == 2
     assert seen["qwen3_vl"]["response"] == "<think>\n" + seen["qwen2_5_vl"]["response"]
+
+
+PIXELS = ["data.min_pixels=784", "data.max_pixels=12544"]
+
+
+def test_reference_and_critic_must_read_what_the_actor_reads(families):
+    sees = vision_of(families, "qwen3_vl")
+    config = compose_config("papo_grpo", [*BASE, *PIXELS, f"worker.ref.model_path={families['qwen3_vl'] / 'model'}"])
+    check_companions(config, check(config), sees)
+    config.worker.ref.model_path = str(families["qwen2_5_vl"] / "model")
+    with pytest.raises(ValueError, match="worker.ref.model_path=.*model type"):
+        check_companions(config, check(config), sees)
+
+
+def test_another_vocabulary_is_noticed(families, tmp_path):
+    folder = shutil.copytree(families["qwen3_vl"] / "model", tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+    critic = ["algorithm.adv_estimator=gae", f"worker.critic.model_path={folder}"]
+    config = compose_config("papo_grpo", [*BASE, *PIXELS, *critic])
+    with pytest.raises(ValueError, match="worker.critic.model_path=.*vocabulary"):
+        check_companions(config, check(config), vision_of(families, "qwen3_vl"))

@@ -64,10 +64,13 @@ def build_actor(
 ) -> DataParallelActor:
     """An actor whose single update moves every weight by exactly its gradient."""
     model_options = {
-        k: options.pop(k) for k in ("freeze_vision_tower", "enable_gradient_checkpointing") if k in options
+        k: options.pop(k) for k in ("freeze_vision_tower", "enable_gradient_checkpointing", "lora") if k in options
     }
     model_config = ModelConfig(str(model), **{"enable_gradient_checkpointing": False, **model_options})
-    fsdp = FSDPConfig(compute_dtype=ComputeDtype(options.pop("compute_dtype", "float32")))
+    fsdp = FSDPConfig(
+        compute_dtype=ComputeDtype(options.pop("compute_dtype", "float32")),
+        reshard_after_forward=options.pop("reshard_after_forward", True),
+    )
     old_log_probs = options.pop("old_log_probs", OldLogProbs.auto)
     config = ActorConfig(**{"max_grad_norm": 1e9, "micro_batch_size_per_device_for_update": 100, **options})
     banned = load_special_tokens(str(model)).banned
@@ -89,7 +92,8 @@ def build_actor(
 
 
 def weights(actor: DataParallelActor) -> dict[str, torch.Tensor]:
-    """Every weight, gathered, under its Hugging Face name; a tied head under both of its names."""
+    """Every weight, gathered, under its Hugging Face name; a tied head under both of its names, a layer with an
+    adapter under peft's."""
     return {name: whole(weight).detach().clone() for name, weight in actor.policy.inner.state_dict().items()}
 
 

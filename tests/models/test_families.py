@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GPT2
 
 from papo.corruption.random_patch import RandomPatchConfig
 from tests.fakes.actors import build_actor, gradient, on_ranks, process_group, weights
+from tests.fakes.critics import build_critic, plain_values
 from tests.fakes.families import MODELS, VISION
 from tests.fakes.rollouts import make_batch
 from verl.algorithms.losses.entropy import EntropyTermConfig
@@ -170,6 +171,14 @@ def test_bfloat16_and_gradient_checkpointing_as_in_real_runs(case, one_rank):
     assert rounded.update_policy(case.batch, 1, temperature=1.0).result()["actor/skipped_frac"] == 0
     plain, _ = gradient(case.model, case.batch, terms=TERMS, live=False)
     assert_same(gradient(case.model, case.batch, **options)[0], plain)
+
+
+def test_values_of_a_critic_are_those_of_the_plain_model(case, one_rank):
+    values = build_critic(case.model).compute_values(case.batch)
+    _, expected = plain_values(case.plain(), case.batch)
+    assert values.abs().max() > 0.01
+    for row, own in enumerate(expected):
+        torch.testing.assert_close(values[row, : len(own)].double(), own.detach(), atol=1e-5, rtol=0)
 
 
 def test_hf_engine_and_trainer_agree(case, one_rank):

@@ -186,6 +186,14 @@ def test_a_mistyped_model_path_and_a_model_of_another_kind(run_of, model):
     assert_error(run_of(f"worker.actor.model.model_path={model}"), "model", "a 'gpt2' model; supported")
 
 
+def test_an_adapter_and_one_for_layers_that_are_not_there(run_of):
+    lora = "worker.actor.model.lora={{rank: 4, target_modules: {}}}"
+    _, report = run_of(lora.format("all-linear"))
+    found = [finding["text"] for finding in report["findings"] if finding["topic"] == "adapter"]
+    assert found == ["LoRA of rank 4: 0.02M parameters to train"]
+    assert_error(run_of(lora.format("[qkv]")), "adapter", "'qkv' is in the vision tower alone.*vision_tower=true")
+
+
 def test_every_family_has_a_shape_and_an_estimate(families, run_of):
     for model_type, folder in families.items():
         rows = {"data.train_files": folder / "train.parquet", "data.val_files": folder / "val.parquet"}
@@ -401,7 +409,8 @@ def test_a_check_that_fails_itself_is_a_finding_and_the_next_one_runs():
     [
         (["--gpus", "2"], "go together"),
         (["--gpus", "0", "--gpu-memory", "80"], "above 0"),
-        (["data.seed=1"], "overrides need --config-name"),
+        (["data.seed=1"], "data.seed=1 needs --config-name"),
+        (["--dry-run"], "--dry-run needs --config-name"),
     ],
 )
 def test_options_that_do_not_go_together(arguments, message):

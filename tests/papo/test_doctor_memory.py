@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, Qwen2_5_VLVisionBlock
@@ -34,6 +35,7 @@ from papo.doctor.memory import (
 from papo.doctor.shape import Shape, shape_of
 from tests.fakes.models import qwen_3b, qwen_7b
 from verl.config.compose import compose_config
+from verl.config.worker import LoRAConfig
 from verl.models.log_probs import chunked_entropy, chunked_kl, chunked_log_probs
 
 GIB = 2**30
@@ -205,6 +207,27 @@ def test_bytes_per_logit_are_those_that_torch_needs(kind):
         assert peak(torch.no_grad()(values), head) / (chunk * vocabulary) == pytest.approx(LOGIT_BYTES_NO_GRAD, rel=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_block_with_adapters_keeps_and_needs_no_more_than_is_counted(dtype):
+    config = small_config()
+    shape, width = replace(shape_of(config), adapter=1), dtype.itemsize
+    layer = Qwen2_5_VLDecoderLayer(config.text_config, 0).to(dtype)
+    layer = inject_adapter_in_model(LoraConfig(r=8, target_modules=r".*_proj"), layer).to(dtype)
+    rows, length = 2, 48
+    hidden = torch.randn(rows, length, 256, dtype=dtype, requires_grad=True)
+    angles = torch.randn(rows, length, 64).to(dtype)
+    mask = torch.ones(rows, 1, length, length, dtype=torch.bool).tril()
+
+    def text() -> torch.Tensor:
+        return layer(hidden, attention_mask=mask, position_embeddings=(angles.cos(), angles.sin()))
+
+    tokens, masks = rows * length, rows * length**2 * width
+    assert 0.9 * text_kept(shape, width) < (kept(text, layer) - masks) / tokens < text_kept(shape, width)
+    moment = text_kept(shape, width) + text_working(shape, width, True)
+    assert 0.8 * moment < (peak(lambda: text().sum().backward(), layer) - masks) / tokens < moment
+    assert peak(torch.no_grad()(text), layer) == pytest.approx(tokens * text_working(shape, width, False), rel=0.1)
+
+
 def small_config() -> Qwen2_5_VLConfig:
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}
     text = {"hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -310,6 +333,30 @@ def test_a_critic_holds_what_the_actor_does_and_has_a_phase_of_its_own(shape_7b)
     activations = next(term for term in terms if term.name == "activations, language model")
     assert activations.bytes == 27_481_079_808 // 4  # one view of two, two rows of four
     assert not any("logits" in term.name for term in terms)
+
+
+def test_lora_trains_adapters_alone_and_has_no_reference_of_its_own(shape_7b):
+    lora = LoRAConfig(rank=64, alpha=64)
+    shape, ranks = shape_of(qwen_7b(), lora), 8
+    by_hand = 28 * 64 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
+    assert shape.adapter == by_hand == 161_480_704 and replace(shape, adapter=0) == shape_7b
+    found = compute_7b(shape, "worker.actor.model.lora.rank=64")
+    terms = {(role.name, term.name): term.bytes for role in found.roles for term in role.terms}
+    assert terms["actor", "weights"] == (2 * 8_292_166_656 + 4 * by_hand) // ranks  # the frozen ones in bfloat16
+    assert terms["actor", "optimizer states"] == 8 * by_hand // ranks
+    assert terms["actor, update", "gradients"] == terms["actor, optimizer step", "copy for AdamW"] == by_hand // 2
+    assert terms["actor, update", "gathered gradients"] == 6 * (by_hand // 28)
+    assert terms["actor, update", "activations, vision tower"] == 0
+    assert ("actor, log-probs", "one block") in terms and ("reference", "weights") not in terms
+    assert terms["engine", "weights"] == 2 * 8_292_166_656
+    another = compute_7b(shape, "worker.actor.model.lora.rank=64", "worker.ref.model_path=another")
+    assert any(role.name == "reference" for role in another.roles)
+    tower = compute_7b(shape, "worker.actor.model.lora.rank=64", "worker.actor.model.lora.vision_tower=true")
+    update = next(role for role in tower.roles if role.name == "actor, update")
+    assert next(term for term in update.terms if term.name == "activations, vision tower").bytes > 0
+    critic = compute_7b(shape, "worker.actor.model.lora.rank=64", "algorithm.adv_estimator=gae")
+    whole = next(role for role in critic.roles if role.name == "critic")
+    assert total(list(whole.terms)) == total(state_terms(shape_7b, LOAD))
 
 
 def test_on_cpu_all_ranks_share_main_memory(shape_7b):

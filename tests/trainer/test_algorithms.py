@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from pathlib import Path
 
 import pytest
+import ray
 
 from tests.conftest import REPOSITORY
 from verl.algorithms.requirements import requirements_of
@@ -21,6 +23,7 @@ from verl.trainer.plan import Plan, check, make_plan
 from verl.trainer.run import Run
 from verl.trainer.step import StepResult, run_step
 from verl.trainer.workers import Workers
+from verl.workers.model_worker import ModelWorker
 
 # An untrained model never answers right; this reward has something to teach all the same.
 REWARD = """
@@ -112,3 +115,23 @@ def test_two_steps(built, assets, name):
         assert last["train/vppo/dependency"] > 0 and 0.3 < last["train/vppo/chosen_fraction"] < 0.6
     critic = {"critic/vf_loss", "critic/explained_variance"}
     assert critic & last.keys() == (critic if name == "ppo" else set())
+
+
+def test_an_adapter_is_the_actors_alone(built, assets, tmp_path):
+    """A critic, and a reference that is another model, are made from the actor's settings and train or freeze all."""
+    reward = built[2]
+    lora = ["worker.actor.model.lora.rank=2", f"worker.ref.model_path={assets / 'model'}"]
+    plan = make_plan(compose(assets, reward, *ALGORITHMS["ppo"], *lora))
+    workers = Workers.build(plan)
+    try:
+        _, results = two_steps((plan, workers, reward), plan.config)
+        groups = ((workers.actor, "policy"), (workers.reference, "policy"), (workers.critic, "critic.model"))
+        names = {group.role: ray.get(group.workers[0].__ray_call__.remote(weight_names, of)) for group, of in groups}
+    finally:
+        workers.rollout.stop()
+    assert {role for role, found in names.items() if any("lora" in name for name in found)} == {"actor"}
+    assert results[1].metrics["actor/ref_kl"] > 0 and results[1].metrics["critic/vf_loss"] > 0
+
+
+def weight_names(worker: ModelWorker, model: str) -> list[str]:
+    return [name for name, _ in operator.attrgetter(model)(worker).named_parameters()]

@@ -82,7 +82,7 @@ def test_a_cluster_that_is_large_enough_and_taken_is_told_from_one_that_is_too_s
 
 
 def test_ray_job_submit(cluster, assets, tmp_path):
-    """The command of the README, with the example's runtime environment."""
+    """The command of examples/README.md, with the example's runtime environment."""
     environment = yaml.safe_load((REPOSITORY / "examples" / "runtime_env.yaml").read_text())
     file = tmp_path / "runtime_env.yaml"  # the same without its working folder: this one is not packed and sent
     file.write_text(yaml.safe_dump({k: v for k, v in environment.items() if k != "working_dir"}))

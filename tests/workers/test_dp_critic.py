@@ -6,22 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from tests.fakes.actors import CPU, MAX_RESPONSE_LENGTH, on_ranks, process_group
+from tests.fakes.actors import MAX_RESPONSE_LENGTH, on_ranks, process_group
+from tests.fakes.critics import CLIP, build_critic, plain_values
 from tests.fakes.rollouts import make_batch
 from tests.fakes.rows import row, write_parquet
 from verl.algorithms.losses.value import explained_variance, value_loss
 from verl.config.algorithm import LossAverage
-from verl.config.worker import ComputeDtype, CriticConfig, FSDPConfig, ModelConfig
 from verl.metrics.bag import MetricBag
 from verl.models.value import ValueModel
 from verl.protocol import DataProto
 from verl.workers.critic.dp_critic import DataParallelCritic
-from verl.workers.fsdp.wrap import build_sharded, whole
-
-CLIP = 0.05
+from verl.workers.fsdp.wrap import whole
 
 
 @pytest.fixture(scope="module")
@@ -35,37 +32,12 @@ def batch(assets, tmp_path_factory):
     return made.with_columns({"values": old, "returns": returns})
 
 
-def random_head(inner: nn.Module) -> ValueModel:
-    """A critic whose values are not 0: a head of 0 would hide the rest of the gradient."""
-    model = ValueModel(inner)
-    nn.init.normal_(model.value_head.weight, std=0.1, generator=torch.Generator().manual_seed(7))
-    return model
-
-
-def build(model: Path, wrap=random_head, dtype: str = "float32", lr: float = 1.0, **options) -> DataParallelCritic:
-    """A critic whose single update moves every weight by exactly its gradient."""
-    config = CriticConfig(
-        **{
-            "max_grad_norm": 1e9,
-            "cliprange_value": CLIP,
-            "micro_batch_size_per_device_for_update": 100,
-            "micro_batch_size_per_device_for_experience": 3,
-            **options,
-        }
-    )
-    fsdp = FSDPConfig(compute_dtype=ComputeDtype(dtype))
-    values = build_sharded(ModelConfig(str(model), enable_gradient_checkpointing=False), fsdp, wrap, CPU)
-    optimizer = torch.optim.SGD(values.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    return DataParallelCritic(values, optimizer, schedule, config, MAX_RESPONSE_LENGTH, CPU)
-
-
 def weights(critic: DataParallelCritic) -> dict[str, torch.Tensor]:
     return {name: whole(weight).detach().clone() for name, weight in critic.model.state_dict().items()}
 
 
 def gradient(model: Path, batch: DataProto, mini_batches: int = 1, **options) -> dict[str, torch.Tensor]:
-    critic = build(model, **options)
+    critic = build_critic(model, **options)
     before = weights(critic)
     critic.update_critic(batch, mini_batches)
     after = weights(critic)
@@ -75,23 +47,7 @@ def gradient(model: Path, batch: DataProto, mini_batches: int = 1, **options) ->
 def on_one_of_ranks(rank: int, models: list[Path], shards: list[DataProto]) -> list[tuple]:
     """For each model, the values and the gradient of one of two ranks."""
     rows = shards[rank]
-    return [(build(model).compute_values(rows), gradient(model, rows)) for model in models]
-
-
-def plain_values(model: Path, batch: DataProto) -> tuple[ValueModel, list[torch.Tensor]]:
-    """The plain model in float64, and V before each response token of each row, on its own and without padding."""
-    inner = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float64)
-    critic, found = random_head(inner).double(), []
-    for i in range(len(batch)):
-        ids = batch["input_ids"][i][batch["attention_mask"][i].bool()]
-        vision = {name: value for name, value in batch["mm_inputs"][i].items() if name != "image_ids"}
-        if vision:
-            vision["mm_token_type_ids"] = (ids == inner.config.image_token_id).int()[None]
-            vision["pixel_values"] = vision["pixel_values"].double()
-        states = inner.model(input_ids=ids[None], **vision).last_hidden_state[0]
-        length = int(batch["response_mask"][i].sum())
-        found.append(critic.value_head(states[len(ids) - length - 1 : -1]).squeeze(-1))
-    return critic, found
+    return [(build_critic(model).compute_values(rows), gradient(model, rows)) for model in models]
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
@@ -105,13 +61,13 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 def test_a_new_critic_expects_nothing(assets, batch):
     with process_group():
-        assert (build(assets / "model", wrap=ValueModel).compute_values(batch) == 0).all()
+        assert (build_critic(assets / "model", wrap=ValueModel).compute_values(batch) == 0).all()
 
 
 def test_values_are_those_of_the_plain_model_before_each_token(model, batch):
     with process_group():
-        values = build(model).compute_values(batch)
-    _, expected = plain_values(model, batch)
+        values = build_critic(model).compute_values(batch)
+    _, expected = plain_values(AutoModelForImageTextToText.from_pretrained(model), batch)
     assert values.shape == batch["response_mask"].shape and values.abs().max() > 0.01
     for i, own in enumerate(expected):
         torch.testing.assert_close(values[i, : len(own)].double(), own.detach(), atol=1e-5, rtol=0)
@@ -120,7 +76,7 @@ def test_values_are_those_of_the_plain_model_before_each_token(model, batch):
 
 @pytest.mark.parametrize("average", list(LossAverage))
 def test_the_gradient_is_that_of_the_definition(model, batch, average):
-    critic, found = plain_values(model, batch)
+    critic, found = plain_values(AutoModelForImageTextToText.from_pretrained(model), batch)
     losses, clipped = [], 0
     for i, values in enumerate(found):
         own = []
@@ -149,7 +105,7 @@ def test_the_split_into_micro_batches_does_not_matter(assets, batch, size, avera
     with process_group():
         expected = gradient(assets / "model", batch, loss_avg_mode=average)
         assert_same(gradient(assets / "model", batch, **options), expected, 2e-6)
-        cut, whole = build(assets / "model", **options), build(assets / "model", loss_avg_mode=average)
+        cut, whole = build_critic(assets / "model", **options), build_critic(assets / "model", loss_avg_mode=average)
         metrics = whole.update_critic(batch, 1).result()
         assert cut.update_critic(batch, 1).result() == pytest.approx(metrics, rel=1e-5)
     names = ("vf_loss", "vf_clip_frac", "value", "return", "grad_norm", "lr", "skipped_frac")
@@ -159,7 +115,7 @@ def test_the_split_into_micro_batches_does_not_matter(assets, batch, size, avera
 def test_mini_batches_and_epochs_are_updates_of_their_own(assets, batch):
     with process_group():
         found = gradient(assets / "model", batch, mini_batches=2, ppo_epochs=2, lr=0.1)
-        critic = build(assets / "model", lr=0.1)
+        critic = build_critic(assets / "model", lr=0.1)
         before = weights(critic)
         for half in batch.chunk(2) * 2:
             critic.update_critic(half, 1)
@@ -179,7 +135,7 @@ def test_two_ranks_one_of_them_without_images_have_the_values_and_the_gradient_o
     ranks = on_ranks(2, on_one_of_ranks, models, batch.chunk(2))
     for model, *found in zip(models, *ranks, strict=True):
         with process_group():
-            values, expected = build(model).compute_values(batch), gradient(model, batch)
+            values, expected = build_critic(model).compute_values(batch), gradient(model, batch)
         torch.testing.assert_close(torch.cat([own for own, _ in found]), values, atol=1e-5, rtol=0)
         for _, own in found:
             assert_same(own, expected, 5e-6)
@@ -187,7 +143,7 @@ def test_two_ranks_one_of_them_without_images_have_the_values_and_the_gradient_o
 
 def test_updates_bring_values_to_their_returns(assets, batch):
     with process_group():
-        critic = build(assets / "model", wrap=ValueModel, lr=0.01, cliprange_value=10.0)
+        critic = build_critic(assets / "model", wrap=ValueModel, lr=0.01, cliprange_value=10.0)
         losses = [critic.update_critic(batch, 1).result()["critic/vf_loss"] for _ in range(6)]
     assert losses[-1] < 0.97 * losses[0]
 
@@ -195,10 +151,10 @@ def test_updates_bring_values_to_their_returns(assets, batch):
 def test_the_head_stays_float32_under_a_bfloat16_body(assets, batch):
     seen = []
     with process_group():
-        critic = build(assets / "model", dtype="bfloat16")
+        critic = build_critic(assets / "model", dtype="bfloat16")
         critic.model.value_head.register_forward_hook(lambda m, given, out: seen.append((m.weight.dtype, out.dtype)))
         values = critic.compute_values(batch)
-        precise = build(assets / "model").compute_values(batch)
+        precise = build_critic(assets / "model").compute_values(batch)
     assert set(seen) == {(torch.float32, torch.float32)}
     assert 0 < (values - precise).abs().max() < 0.05
 
@@ -206,7 +162,7 @@ def test_the_head_stays_float32_under_a_bfloat16_body(assets, batch):
 def test_an_update_that_is_not_finite_is_dropped_and_too_many_end_the_run(assets, batch):
     broken = batch.with_columns({"returns": torch.full_like(batch["returns"], float("nan"))})
     with process_group():
-        critic = build(assets / "model", max_skipped_updates=2)
+        critic = build_critic(assets / "model", max_skipped_updates=2)
         before = weights(critic)
         metrics = critic.update_critic(broken, 1).result()
         assert metrics["critic/skipped_frac"] == 1 and metrics["critic/nonfinite/value"] == 1

@@ -15,6 +15,7 @@ from verl.config.worker import RolloutConfig, SamplingOverride
 from verl.data.collate import PromptCollator, join_responses
 from verl.data.dataset import PromptDataset
 from verl.data.vision import VisionProcessor, load_special_tokens
+from verl.models.families import SpecialTokens
 from verl.workers.actor.dp_actor import compute_log_probs
 from verl.workers.rollout.base import SamplingParams, train_sampling, validation_sampling
 from verl.workers.rollout.hf_engine import HFEngine
@@ -149,7 +150,7 @@ def test_responses_end_with_the_end_token_and_hold_no_modality_token(setup):
 
 
 def sample_many(sampling: SamplingParams, logits: torch.Tensor, banned=(3,)):
-    sampler = SeededSampler([sampling], torch.tensor(banned), torch.device("cpu"))
+    sampler = SeededSampler([sampling], SpecialTokens(0, (1,), banned), torch.device("cpu"))
     tokens = sampler(None, logits.expand(sampling.n, -1)).argmax(-1)
     return tokens, sampler.log_probs[0]
 

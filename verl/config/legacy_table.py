@@ -12,7 +12,7 @@ from verl.config.legacy_rule import Changes, Old, Rule, choice, no_effect, only,
 
 FLOAT32 = "weights and optimizer states are float32 here, compute is bfloat16 on GPUs: more memory than with bf16"
 OFFLOAD = "nothing is moved to the CPU's memory in this version: it takes more of the GPU's"
-SAVED_ONCE = "this version saves the model once, at the end (trainer.save_model)"
+LORA = "worker.actor.model.lora"
 UNLIMITED = 1_000_000  # generations for a step; a run that needs so many never ends anyway
 
 
@@ -40,6 +40,13 @@ def _critic(given: Mapping[str, Any]) -> Changes:
                 raise refusal(where, own, "leave it out: the critic's other settings are the actor's")
             changes[f"worker.critic.{known[key]}"] = own
     return changes
+
+
+def _resume(old: Old) -> Changes:
+    """Checkpoints in upstream's own format are another matter: they are refused when they are opened, by name."""
+    if old["trainer.load_checkpoint_path"]:
+        return {"trainer.resume": old["trainer.load_checkpoint_path"]}
+    return {"trainer.resume": "auto" if old["trainer.find_last_checkpoint"] else "never"}
 
 
 def _reference_kl(old: Old) -> Changes:
@@ -76,6 +83,11 @@ def _policy(old: Old) -> Changes:
     names = ["clip_ratio_low", "clip_ratio_high", *(["clip_ratio_dual"] if kind == "policy" else [])]
     clips = {f"algorithm.terms.policy.{name}": old[f"worker.actor.{name}"] for name in names}
     return {"/term@algorithm.terms.policy": kind, **clips}
+
+
+def _lora_targets(given: Any) -> Any:
+    """Upstream takes names with commas between them too."""
+    return [name.strip() for name in given.split(",")] if isinstance(given, str) and "," in given else given
 
 
 def _warmup(old: Old) -> Changes:
@@ -237,9 +249,10 @@ ACTOR = [
     # Upstream's default is true; code from the hub runs here only where somebody asks for it.
     same("worker.actor.model.trust_remote_code", False),
     same("worker.actor.model.freeze_vision_tower", False),
-    only("worker.actor.model.lora.rank", 0, (0,), "there is no LoRA in this version"),
-    no_effect("worker.actor.model.lora.alpha", 16, "rank 0 is no LoRA"),
-    no_effect("worker.actor.model.lora.target_modules", "all-linear", "rank 0 is no LoRA"),
+    same(f"{LORA}.rank", 0),
+    same(f"{LORA}.alpha", 16),
+    # Of the language model, as the run says at start; upstream's all-linear has the vision tower's layers as well.
+    renamed(f"{LORA}.target_modules", f"{LORA}.target_modules", "all-linear", _lora_targets),
     same("worker.actor.optim.lr", 1e-6),
     same("worker.actor.optim.betas", [0.9, 0.999]),
     same("worker.actor.optim.weight_decay", 1e-2),
@@ -267,7 +280,7 @@ ROLLOUT = [
         "tensor_parallel_size": 2, "max_model_len": None, "max_num_batched_tokens": 8192,
     }.items()),
     no_effect("worker.rollout.dtype", "bf16", "the engine computes as the trainer does"),
-    only("worker.rollout.ignore_eos", False, (False,), "responses end at the end token"),
+    same("worker.rollout.ignore_eos", False),
     only("worker.rollout.stop_token_ids", None, (None,), "responses end at the model's own end tokens"),
     only("worker.rollout.stop_words", None, (None,), "responses end at the model's own end tokens"),
     no_effect("worker.rollout.disable_log_stats", True, "the engine is quiet"),
@@ -299,10 +312,10 @@ TRAINER = [
     same("trainer.val_before_train", True),
     same("trainer.val_only", False),
     same("trainer.val_generations_to_log", 0),
-    no_effect("trainer.save_freq", -1, SAVED_ONCE),
-    no_effect("trainer.save_limit", -1, SAVED_ONCE),
-    no_effect("trainer.save_model_only", False, SAVED_ONCE),
-    no_effect("trainer.save_best_checkpoint", False, SAVED_ONCE),
+    renamed("trainer.save_freq", "trainer.save_freq", -1, lambda steps: max(steps, 0)),
+    renamed("trainer.save_limit", "trainer.save_limit", -1, lambda number: max(number, 0)),
+    same("trainer.save_model_only", False),
+    renamed("trainer.save_best_checkpoint", "trainer.save_best", False, lambda best: "val/reward" if best else None),
     Rule(
         {"trainer.save_checkpoint_path": None},
         lambda old: (
@@ -310,8 +323,7 @@ TRAINER = [
         ),
         "a run's folder is trainer.output_dir",
     ),
-    only("trainer.load_checkpoint_path", None, (None,), "give a saved model as worker.actor.model.model_path"),
-    no_effect("trainer.find_last_checkpoint", True, "a run begins anew; model_path can name a saved model"),
+    Rule({"trainer.load_checkpoint_path": None, "trainer.find_last_checkpoint": True}, _resume),
 ]
 
 OTHER = [

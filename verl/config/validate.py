@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 
 from verl.config.algorithm import OldLogProbs, Truncation
@@ -53,6 +54,7 @@ def validate(config: Config) -> None:
     _check_positive(config, POSITIVE)
     _check_values(config)
     _check_rollout(config)
+    _check_lora(config)
     _check_algorithm(config)
     _check_files(config)
     compute_sizes(config)
@@ -84,9 +86,10 @@ def _check_values(config: Config) -> None:
         raise ValueError(f"trainer.critic_warmup={trainer.critic_warmup}: 0 or more steps")
     if trainer.val_freq < 0:
         raise ValueError(f"trainer.val_freq={trainer.val_freq}: 0 (only before and after) or more is needed")
-    for key in ("samples_per_step", "val_generations_to_log"):
+    for key, none in (("samples_per_step", "none"), ("val_generations_to_log", "none"), ("save_freq", "never")):
         if getattr(trainer, key) < 0:
-            raise ValueError(f"trainer.{key}={getattr(trainer, key)}: 0 (none) or more is needed")
+            raise ValueError(f"trainer.{key}={getattr(trainer, key)}: 0 ({none}) or more is needed")
+    _check_saving(config)
     if config.data.train_files is None and not trainer.val_only:
         raise ValueError("data.train_files is not set: it names what to train on (or set trainer.val_only=true)")
     if config.data.val_files is None and trainer.val_only:
@@ -95,6 +98,25 @@ def _check_values(config: Config) -> None:
         raise ValueError(
             "data.val_files is not set: set it, or switch validation off with "
             "trainer.val_before_train=false trainer.val_after_train=false trainer.val_freq=0"
+        )
+
+
+def _check_saving(config: Config) -> None:
+    trainer = config.trainer
+    if trainer.save_limit < 0:
+        raise ValueError(f"trainer.save_limit={trainer.save_limit}: 0 (keep all) or more is needed")
+    if trainer.save_best is not None and not trainer.save_best.startswith("val/"):
+        raise ValueError(
+            f"trainer.save_best='{trainer.save_best}': a metric of validation is needed, such as val/accuracy"
+        )
+    if trainer.save_best is not None and not (trainer.val_freq or trainer.val_after_train):
+        raise ValueError(
+            f"trainer.save_best={trainer.save_best} needs validation: set trainer.val_freq, or leave it out"
+        )
+    if trainer.val_only and trainer.resume not in ("auto", "never"):
+        raise ValueError(
+            f"trainer.resume={trainer.resume} with trainer.val_only=true: to validate a checkpoint, export it and "
+            "give the folder as worker.actor.model.model_path"
         )
 
 
@@ -127,6 +149,25 @@ def _check_rollout(config: Config) -> None:
             f"worker.rollout.max_model_len={rollout.max_model_len} is below data.max_prompt_length + "
             f"data.max_response_length = {longest}; raise it, or leave it out"
         )
+
+
+def _check_lora(config: Config) -> None:
+    model, key = config.worker.actor.model, "worker.actor.model.lora"
+    lora, targets = model.lora, model.lora.target_modules
+    if lora.rank < 0:
+        raise ValueError(f"{key}.rank={lora.rank}: 1 or more, or 0 to train all weights")
+    if lora.alpha <= 0:
+        raise ValueError(f"{key}.alpha={lora.alpha}: a value above 0 is needed")
+    names = [targets] if isinstance(targets, str) else targets
+    if not (names and isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{key}.target_modules={targets}: all-linear, or a list of names of linear layers")
+    for name in names:
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise ValueError(f"{key}.target_modules: '{name}' is no regular expression: {error}") from error
+    if lora.vision_tower and model.freeze_vision_tower:
+        raise ValueError(f"{key}.vision_tower=true trains what worker.actor.model.freeze_vision_tower=true freezes")
 
 
 def _check_algorithm(config: Config) -> None:

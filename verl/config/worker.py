@@ -27,6 +27,21 @@ class ComputeDtype(StrEnum):
 
 
 @dataclass
+class LoRAConfig:
+    """Low-rank adapters (arXiv 2106.09685): W + alpha / rank * B A with W frozen. `rank` 0 trains all weights instead.
+
+    `target_modules`: all-linear, or one or a list of names or regular expressions, which a linear layer's full name
+    ends with; of the language model alone, with `vision_tower` also of that, and never the head. There is no dropout:
+    it would make the policy that is updated another one than the policy that answered.
+    """
+
+    rank: int = 0
+    alpha: int = 16
+    target_modules: Any = "all-linear"
+    vision_tower: bool = False
+
+
+@dataclass
 class ModelConfig:
     """`model_path`: a Hugging Face folder or hub name."""
 
@@ -35,6 +50,7 @@ class ModelConfig:
     attn_implementation: str = "sdpa"
     enable_gradient_checkpointing: bool = True
     freeze_vision_tower: bool = False
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
 
 
 @dataclass
@@ -86,7 +102,7 @@ class ActorConfig:
 @dataclass
 class RefConfig:
     """The frozen reference, by default the actor's model as it begins. It is built only if a loss term reads its
-    log-probs."""
+    log-probs, and not where it is the actor without its adapter."""
 
     model_path: str | None = None
     fsdp: FSDPConfig = field(default_factory=FSDPConfig)
@@ -125,6 +141,7 @@ class SamplingOverride:
 @dataclass
 class RolloutConfig:
     """`name`: vllm, hf, or auto: vllm where it is installed. `n` responses per prompt; `top_k` -1 keeps all tokens.
+    With `ignore_eos` every response of training is as long as it may be: for measurements.
 
     Where engines run: on CPU `data_parallel_size` of them (default 1); with GPUs as many as fit, each over
     `tensor_parallel_size` GPUs. They share the trainer's GPUs and sleep while it works, or have `dedicated_gpus`
@@ -145,6 +162,7 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = -1
     seed: int = II("trainer.seed")
+    ignore_eos: bool = False
     limit_images: int = 0
     tensor_parallel_size: int = 1
     data_parallel_size: int | None = None
@@ -179,3 +197,8 @@ class WorkerConfig:
     critic: CriticConfig = field(default_factory=CriticConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+
+    @property
+    def actor_is_reference(self) -> bool:
+        """Whether the reference is the actor with its adapter switched off, and needs no worker."""
+        return self.actor.model.lora.rank > 0 and self.ref.model_path is None

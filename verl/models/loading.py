@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,16 +35,24 @@ def load_model(
     Raises ValueError where it does not load, naming `model_path`.
     """
     check_model_path(model_path)
-    options = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    options = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-        auto = AutoModelForImageTextToText if family_of(config).has_vision else AutoModelForCausalLM
         if not empty:
-            return auto.from_pretrained(model_path, dtype=dtype, **options)
-        with torch.device("meta"):
-            model = auto.from_config(config, dtype=dtype, **options)
+            return _auto_class(config).from_pretrained(model_path, **options)
+        model = outline(config, **options)
     except OSError as error:
         raise ValueError(f"the model '{model_path}' does not load: {error}") from error
     model = model.to_empty(device="cpu")
     model.tie_weights()  # to_empty gives each use of a shared weight a tensor of its own
     return model
+
+
+def outline(config: Any, **options: Any) -> nn.Module:
+    """The model with this Hugging Face config on the meta device: all of its layers, and no weight is made or read."""
+    with torch.device("meta"):
+        return _auto_class(config).from_config(config, **options)
+
+
+def _auto_class(config: Any) -> Any:
+    return AutoModelForImageTextToText if family_of(config).has_vision else AutoModelForCausalLM

@@ -9,6 +9,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 
 from verl.algorithms.losses.value import explained_variance
+from verl.checkpoint.files import FileEntry
 from verl.config.config import Config
 from verl.metrics.bag import MetricBag
 from verl.protocol import DataProto
@@ -39,9 +40,30 @@ class WorkerGroup:
         host, port = ray.get(self.workers[0].open_store.remote())
         self.on_all(self.worker_class.join, host, port)
 
+    def start_save(self, folder: str, optimizer: bool, background: bool) -> None:
+        """Begin to write all ranks' parts of a checkpoint into `folder` (see ModelWorker.start_save)."""
+        self.on_all(ModelWorker.start_save, folder, optimizer, background)
+
+    def save_is_done(self) -> bool:
+        return all(self.on_all(ModelWorker.save_is_done))
+
+    def finish_save(self) -> tuple[dict[str, FileEntry], list[str]]:
+        """Wait for the end; returns the files of all ranks, and what kept ranks from writing theirs."""
+        found = self.on_all(ModelWorker.finish_save)
+        files = {name: entry for part in found if isinstance(part, dict) for name, entry in part.items()}
+        return files, list(dict.fromkeys(part for part in found if isinstance(part, str)))
+
+    def load_state(self, folder: str) -> None:
+        """Go on from what a group of this role, of any number of ranks, has written into `folder`."""
+        self.on_all(ModelWorker.load_state, folder)
+
     def on_all(self, method: Callable, *args: Any) -> list[Any]:
         """Call `method` with the same arguments on every rank; returns their results by rank."""
         return ray.get([getattr(worker, method.__name__).remote(*args) for worker in self.workers])
+
+    def peak_memory(self) -> list[tuple[int, int | None]]:
+        """By rank; see verl/workers/memory.py."""
+        return self.on_all(ModelWorker.peak_memory)
 
     def shards_of_mini_batches(self, batch: DataProto, num_mini_batches: int) -> list[DataProto]:
         """Each rank's rows, mini-batch after mini-batch. The batch is cut into consecutive mini-batches first and each
@@ -105,6 +127,10 @@ class ActorGroup(LogProbGroup):
         """Returns the number of parameters of the policy."""
         self.connect()
         return self.on_all(ActorWorker.build, total_updates)[0]
+
+    def compute_reference_log_probs(self, batch: DataProto) -> DataProto:
+        """`log_probs` [B, R] of all rows, in order, by the policy with its adapter switched off."""
+        return DataProto.concat(self.on_shards(ActorWorker.compute_reference_log_probs, batch.chunk(self.size)))
 
     def update_policy(
         self, batch: DataProto, num_mini_batches: int, step: int = 1, total_steps: int = 1, scale: float = 1.0

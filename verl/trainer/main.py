@@ -12,13 +12,17 @@ import sys
 
 from omegaconf import OmegaConf
 
+from verl.checkpoint.tensors import SaveFailed
 from verl.config.compose import CONFIG_DIR, compose_config, presets
 from verl.config.config import Config
 from verl.config.legacy import MARK, compose_legacy, translate_overrides
 from verl.single_controller.preflight import ClusterError
+from verl.trainer.dry_run import dry_run, in_small
 from verl.trainer.plan import make_plan
 from verl.trainer.ray_trainer import RayTrainer
+from verl.trainer.resume import ResumeError
 from verl.utils.process import LOG_FORMAT, quiet_libraries
+from verl.workers.memory import OutOfDeviceMemory
 
 logger = logging.getLogger("verl")
 
@@ -34,15 +38,16 @@ def main(arguments: list[str] | None = None) -> None:
         if options.print_config:
             sys.stdout.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
             return
-        trainer = RayTrainer(make_plan(config))
+        plan = make_plan(in_small(config) if options.dry_run else config)
+        trainer = None if options.dry_run else RayTrainer(plan)
     except (ValueError, FileNotFoundError) as error:
         logger.debug("where it was found", exc_info=True)
         sys.exit(f"error: {error}")
     try:
-        summary = trainer.fit()
-    except (ClusterError, ConnectionError) as error:
-        sys.exit(f"error: {error}")
-    for line in describe(summary, trainer.run_dir.path):
+        lines = describe(trainer.fit(), trainer.run_dir.path) if trainer else dry_run(plan)
+    except (ClusterError, ConnectionError, OutOfDeviceMemory, ResumeError, SaveFailed) as error:
+        sys.exit(f"error: {getattr(error, 'cause', error)}")  # the cause: without Ray's account of its calls
+    for line in lines:
         logger.info(line)
 
 
@@ -51,6 +56,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config-name", metavar="NAME", help=f"one of: {', '.join(presets())}")
     parser.add_argument("--config-dir", default=CONFIG_DIR, metavar="DIR", help="a folder of presets of your own")
     parser.add_argument("--print-config", action="store_true", help="print the whole config and stop")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="send the largest legal sample through everything once, say what it took, and stop",
+    )
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -84,7 +94,8 @@ def describe(summary: dict[str, float], run_dir: str) -> list[str]:
     for name, form in (("val_accuracy", ".1%"), ("val_reward", ".4f")):  # of a run that only validates
         if name in summary:
             lines.append(f"{name.replace('val_', 'validation ')}: {summary[name]:{form}}")
-    names = ("summary.json", "curves.png", "metrics.jsonl", "samples.jsonl", "events.jsonl", "config.yaml", "model")
+    names = ("summary.json", "curves.png", "metrics.jsonl", "samples.jsonl", "events.jsonl", "config.yaml")
+    names += ("model", "checkpoints")
     found = [os.path.relpath(os.path.join(run_dir, n)) for n in names if os.path.exists(os.path.join(run_dir, n))]
     return [*lines, *(f"  {path}" for path in found)]
 

@@ -20,7 +20,7 @@ def run_passes(batch: DataProto, run: Run, timings: Timings) -> DataProto:
             found["old_log_probs"] = workers.actor.compute_log_probs(tokens)["log_probs"]
     if requirements.reference:
         with timings("ref_log_probs"):
-            found["ref_log_probs"] = workers.reference.compute_log_probs(tokens)["log_probs"]
+            found["ref_log_probs"] = workers.compute_reference_log_probs(tokens)["log_probs"]
     if requirements.critic:
         with timings("values"):
             found["values"] = workers.critic.compute_values(tokens)["values"]

@@ -18,6 +18,8 @@ from verl.data.collate import PromptCollator
 from verl.data.dataset import PromptDataset
 from verl.data.loader import train_loader, validation_loader
 from verl.data.vision import VisionProcessor
+from verl.models.loading import outline
+from verl.models.lora import adapter_parameters, find_targets
 from verl.single_controller.resources import Layout, plan_layout
 from verl.single_controller.rollout_group import choose_carrier
 from verl.tracking import check_trackers
@@ -57,6 +59,8 @@ def make_plan(config: Config) -> Plan:
     data, model = config.data, config.worker.actor.model
     vision = VisionProcessor(model.model_path, data.min_pixels, data.max_pixels, model.trust_remote_code)
     check_sight(config, requirements, vision)
+    check_companions(config, requirements, vision)
+    check_adapter(config, vision)
     collator = PromptCollator(vision.special.pad)
     train, val, total_steps = None, None, 0
     if not config.trainer.val_only:
@@ -97,6 +101,43 @@ def check_sight(config: Config, requirements: Requirements, vision: VisionProces
         )
     if config.worker.actor.model.freeze_vision_tower:
         raise ValueError(f"worker.actor.model.freeze_vision_tower=true: {reads}; leave it out")
+
+
+def check_companions(config: Config, requirements: Requirements, vision: VisionProcessor) -> None:
+    """Raise ValueError where the reference or the critic is a model that would read the actor's tokens or images as
+    something else."""
+    roles = {"ref": requirements.reference, "critic": requirements.critic}
+    for role in (role for role, used in roles.items() if used):
+        path = getattr(config.worker, role).model_path
+        if path is None:
+            continue
+        own = VisionProcessor(
+            path, config.data.min_pixels, config.data.max_pixels, config.worker.actor.model.trust_remote_code
+        )
+        differs = {
+            "model type": own.family != vision.family,
+            "vocabulary": own.tokenizer.get_vocab() != vision.tokenizer.get_vocab(),
+            "image token": own.special.banned != vision.special.banned,
+            "image processing": vision.family.has_vision
+            and own.family.has_vision
+            and own.image_processor.to_dict() != vision.image_processor.to_dict(),
+        }
+        for what in (what for what, differ in differs.items() if differ):
+            raise ValueError(
+                f"worker.{role}.model_path='{path}': its {what} is not that of worker.actor.model.model_path, whose "
+                "tokens and images it would read; choose a model of the same kind"
+            )
+
+
+def check_adapter(config: Config, vision: VisionProcessor) -> None:
+    """Say what LoRA trains; raise ValueError for targets that the model does not have."""
+    lora = config.worker.actor.model.lora
+    if lora.rank and not config.trainer.val_only:
+        inner = outline(vision.config)
+        layers, trained = len(find_targets(inner, lora)), adapter_parameters(inner, lora)
+        where = "both towers" if lora.vision_tower else "the language model"
+        text = "LoRA of rank %d on %d linear layers of %s: %.2fM parameters to train"
+        logger.info(text, lora.rank, layers, where, trained / 1e6)
 
 
 def make_paths_absolute(config: Config) -> None:
@@ -147,7 +188,8 @@ def log_requirements(config: Config, requirements: Requirements) -> None:
     """Say which terms and passes a run has, and warn of every term that trains nothing."""
     logger.info("loss: %s", ", ".join(f"{n} ({t.kind}, coef {t.coef:g})" for n, t in config.algorithm.terms.items()))
     passes = ["old log-probs"] * recomputes_old(config, requirements, compute_sizes(config))
-    passes += ["reference log-probs"] * requirements.reference
+    kind = "reference log-probs" + " (the actor without its adapter)" * config.worker.actor_is_reference
+    passes += [kind] * requirements.reference
     passes += ["values"] * requirements.critic
     passes += [f"log-probs of view '{view}' (no gradient)" for view in requirements.stored_views]
     logger.info("passes before the updates: %s", ", ".join(passes) or "none")

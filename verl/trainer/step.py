@@ -59,7 +59,7 @@ def run_step(run: Run, collector: Collector, step: int, scale: float = 1.0) -> S
     }
     sampling = run.config.worker.rollout
     waited = batch["weight_version"].unique().numel() > 1
-    warn_of_mismatch(metrics, expected=sampling.top_p < 1 or sampling.top_k > 0 or waited)
+    warn_of_mismatch(metrics, expected=sampling.top_p < 1 or sampling.top_k > 0 or sampling.ignore_eos or waited)
     return StepResult(metrics, samples(batch, rows.inputs, scores, run.config.trainer.samples_per_step))
 
 

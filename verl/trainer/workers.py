@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import ray
 from tqdm import tqdm
 
+from verl.protocol import DataProto
 from verl.single_controller.preflight import place_ranks
 from verl.single_controller.resources import actor_options
 from verl.single_controller.rollout_group import RolloutGroup
@@ -35,7 +36,7 @@ class Workers:
         """Start every worker and wait until all are ready. Raises what a worker raised."""
         config, layout = plan.config, plan.layout
         trains = not config.trainer.val_only
-        refers = trains and plan.requirements.reference
+        refers = trains and plan.requirements.reference and not config.worker.actor_is_reference
         values = trains and plan.requirements.critic
         placement = place_ranks(layout, config.trainer.nnodes, config.trainer.cluster_timeout_s)
 
@@ -68,6 +69,12 @@ class Workers:
             bar.update()
         logger.info("%s; rollout engine %s", layout.in_words(), config.worker.rollout.name)
         return cls(actor, reference, critic, rollout, reward)
+
+    def compute_reference_log_probs(self, batch: DataProto) -> DataProto:
+        """`log_probs` [B, R] of all rows by the frozen reference; with LoRA that is the actor without its adapter."""
+        if self.reference is None:
+            return self.actor.compute_reference_log_probs(batch)
+        return self.reference.compute_log_probs(batch)
 
     def start_reward(self, inputs: list[RewardInput]) -> ray.ObjectRef:
         """Begin to score; the reference stands for a list[RewardScore]."""

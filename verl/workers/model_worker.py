@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import ray
@@ -11,20 +13,27 @@ import torch.distributed as dist
 
 from verl.algorithms.losses.compose import build_terms
 from verl.algorithms.requirements import requirements_of
+from verl.checkpoint.files import FileEntry
+from verl.checkpoint.tensors import SaveFailed
 from verl.config.config import Config
-from verl.config.worker import FSDPConfig, ModelConfig
+from verl.config.worker import FSDPConfig, LoRAConfig, ModelConfig
 from verl.data.vision import load_special_tokens
 from verl.metrics.bag import MetricBag
 from verl.models.loading import resolve_dtype
+from verl.models.lora import adapter_off
 from verl.models.policy import PolicyModel
 from verl.models.value import ValueModel
 from verl.protocol import DataProto
 from verl.utils.process import prepare_gloo, start_model_worker
 from verl.workers.actor.dp_actor import DataParallelActor, compute_log_probs
+from verl.workers.actor.forward import ORIGINAL
 from verl.workers.actor.optim import build_optimizer, build_schedule
 from verl.workers.critic.dp_critic import DataParallelCritic
-from verl.workers.fsdp.export import save_huggingface
-from verl.workers.fsdp.wrap import build_sharded, whole
+from verl.workers.fsdp.checkpoint import StateWriter, load_state, model_tensors, optimizer_tensors, plain_state
+from verl.workers.fsdp.export import plain_weights, save_description, save_huggingface
+from verl.workers.fsdp.wrap import build_sharded
+from verl.workers.guarded_step import GuardedStep
+from verl.workers.memory import naming_keys, peak_memory
 from verl.workers.rollout.weight_sync import CARRIERS, BucketLayout, plan_buckets
 
 
@@ -36,6 +45,7 @@ class ModelWorker:
         self.config = config
         self.rank = rank
         self.world_size = world_size
+        self.writer: StateWriter | None = None
         self.device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
         if device_type == "cuda":
             torch.cuda.set_device(self.device)
@@ -59,10 +69,49 @@ class ModelWorker:
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world_size)
 
+    def training(self) -> GuardedStep:
+        """The model that this worker trains, with its optimizer and schedule."""
+        raise NotImplementedError(f"{type(self).__name__} trains nothing")
+
+    def describe(self, folder: str) -> None:
+        """Write what a role's folder of a checkpoint holds besides its tensors."""
+
+    def start_save(self, folder: str, optimizer: bool, background: bool) -> None:
+        """Begin to write this rank's part of a checkpoint; all ranks call this together. In the background it is
+        written from a copy while training goes on."""
+        step = self.training()
+        tensors = model_tensors(step.model) | (optimizer_tensors(step) if optimizer else {})
+        if self.writer is None:
+            self.writer = StateWriter()
+        self.writer.start(folder, tensors, plain_state(step), self.describe, background)
+
+    def save_is_done(self) -> bool:
+        return self.writer is None or self.writer.done()
+
+    def finish_save(self) -> dict[str, FileEntry] | str:
+        """Wait for the end of a save; returns this rank's files in the role's folder, or why there are none."""
+        try:
+            return self.writer.finish()
+        except (SaveFailed, OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+            return str(error)
+
+    def load_state(self, folder: str) -> None:
+        """Go on from a checkpoint's folder of this role; all ranks call this together."""
+        load_state(folder, self.training(), self.rank)
+
     def free_cache(self) -> None:
         """Give what a pass has left over back to the GPU, which other workers share."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def peak_memory(self) -> tuple[int, int | None]:
+        """See verl/workers/memory.py."""
+        return peak_memory(self.device)
+
+    def settings(self, *keys: str) -> dict[str, object]:
+        """What decides on the memory of a pass, by config key: `keys`, and what all passes share."""
+        shared = ("data.max_prompt_length", "data.max_response_length", "worker.rollout.gpu_memory_utilization")
+        return {key: attrgetter(key)(self.config) for key in (*keys, *shared)}
 
 
 class PolicyWorker(ModelWorker):
@@ -77,9 +126,10 @@ class PolicyWorker(ModelWorker):
     def compute_log_probs(self, batch: DataProto, view: str) -> DataProto:
         """`log_probs` [B, R] of this rank's rows under `view`, without gradient."""
         size = self.config.worker.actor.micro_batch_size_per_device_for_experience
-        log_probs = compute_log_probs(
-            self.policy, batch, view, self.config.worker.rollout.temperature, size, self.device
-        )
+        temperature = self.config.worker.rollout.temperature
+        keys = ("worker.actor.micro_batch_size_per_device_for_experience", "worker.actor.logits_chunk_size")
+        with naming_keys("the log-probs", self.settings(*keys)):
+            log_probs = compute_log_probs(self.policy, batch, view, temperature, size, self.device)
         self.free_cache()
         return DataProto.from_dict({"log_probs": log_probs})
 
@@ -90,7 +140,12 @@ class ReferenceWorker(PolicyWorker):
     def build(self) -> None:
         ref = self.config.worker.ref
         model = self.config.worker.actor.model
-        frozen = replace(model, model_path=ref.model_path or model.model_path, enable_gradient_checkpointing=False)
+        frozen = replace(
+            model,
+            model_path=ref.model_path or model.model_path,
+            enable_gradient_checkpointing=False,
+            lora=LoRAConfig(),
+        )
         self.load(frozen, ref.fsdp)
         self.policy.requires_grad_(False)
 
@@ -105,6 +160,7 @@ class CriticWorker(ModelWorker):
             actor.model,
             model_path=critic.model_path or actor.model.model_path,
             enable_gradient_checkpointing=critic.enable_gradient_checkpointing,
+            lora=LoRAConfig(),  # an adapter is the actor's alone
         )
         values = build_sharded(model, critic.fsdp, ValueModel, self.device)
         optimizer = build_optimizer([p for p in values.parameters() if p.requires_grad], critic.optim)
@@ -112,15 +168,21 @@ class CriticWorker(ModelWorker):
         longest = self.config.data.max_response_length
         self.critic = DataParallelCritic(values, optimizer, schedule, critic, longest, self.device)
 
+    def training(self) -> GuardedStep:
+        return self.critic.step
+
     def compute_values(self, batch: DataProto) -> DataProto:
         """`values` [B, R] of this rank's rows, without gradient."""
-        values = self.critic.compute_values(batch)
+        with naming_keys("the values", self.settings("worker.critic.micro_batch_size_per_device_for_experience")):
+            values = self.critic.compute_values(batch)
         self.free_cache()
         return DataProto.from_dict({"values": values})
 
     def update_critic(self, batch: DataProto, num_mini_batches: int) -> MetricBag:
         """All updates of one step on this rank's rows; returns its metrics."""
-        metrics = self.critic.update_critic(batch, num_mini_batches)
+        keys = ("micro_batch_size_per_device_for_update", "enable_gradient_checkpointing", "fsdp.reshard_after_forward")
+        with naming_keys("the critic's update", self.settings(*(f"worker.critic.{key}" for key in keys))):
+            metrics = self.critic.update_critic(batch, num_mini_batches)
         self.free_cache()
         return metrics
 
@@ -150,12 +212,30 @@ class ActorWorker(PolicyWorker):
         )
         return sum(p.numel() for p in self.policy.parameters())
 
+    def training(self) -> GuardedStep:
+        return self.actor.step
+
+    def describe(self, folder: str) -> None:
+        save_description(self.policy, self.config.worker.actor.model, os.path.join(folder, "huggingface"))
+
+    def compute_reference_log_probs(self, batch: DataProto) -> DataProto:
+        """`log_probs` [B, R] of this rank's rows by the model without its adapter, without gradient."""
+        with adapter_off(self.policy.inner):
+            return self.compute_log_probs(batch, ORIGINAL)
+
     def update_policy(
         self, batch: DataProto, num_mini_batches: int, step: int, total_steps: int, scale: float
     ) -> MetricBag:
         """All updates of one step on this rank's rows; returns its metrics."""
         temperature = self.config.worker.rollout.temperature
-        return self.actor.update_policy(batch, num_mini_batches, temperature, step, total_steps, scale)
+        keys = (
+            "micro_batch_size_per_device_for_update",
+            "logits_chunk_size",
+            "model.enable_gradient_checkpointing",
+            "fsdp.reshard_after_forward",
+        )
+        with naming_keys("the policy's update", self.settings(*(f"worker.actor.{key}" for key in keys))):
+            return self.actor.update_policy(batch, num_mini_batches, temperature, step, total_steps, scale)
 
     def send_through(self, carrier: str) -> tuple[str, int] | None:
         """Prepare a carrier; where sender and receivers must meet, returns (host, port) on the sending rank."""
@@ -170,20 +250,21 @@ class ActorWorker(PolicyWorker):
 
     def plan_weights(self) -> list[BucketLayout]:
         """How the weights will be cut; the same on every rank. A tied head is sent under its own name too: an
-        engine may hold a copy of it."""
+        engine may hold a copy of it. Adapters are sent merged: engines would ignore those of a vision tower."""
         dtype = resolve_dtype(self.config.worker.actor.fsdp.compute_dtype, self.device.type)
         self.free_cache()  # an engine on this GPU is about to wake up
-        self.sent_weights = self.policy.inner.state_dict()
+        self.sent_weights = plain_weights(self.policy.inner)
+        stored = {name: weight.stored for name, weight in self.sent_weights.items()}
         shapes = (
             (name, dtype if weight.is_floating_point() else weight.dtype, tuple(weight.shape))
-            for name, weight in self.sent_weights.items()
+            for name, weight in stored.items()
         )
         return plan_buckets(shapes, self.config.worker.rollout.sync_bucket_mb * 2**20)
 
     @torch.no_grad()
     def send_bucket(self, layout: BucketLayout) -> Any:
         """Gather one bucket's weights from all ranks, which call this together, and hand them to the carrier."""
-        weights = (whole(self.sent_weights[entry.name]) for entry in layout.entries)
+        weights = (self.sent_weights[entry.name].whole() for entry in layout.entries)
         if not self.carrier.every_rank and self.rank != 0:
             for _ in weights:
                 pass

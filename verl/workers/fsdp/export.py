@@ -1,45 +1,116 @@
-"""A sharded policy as an ordinary Hugging Face folder."""
+"""A sharded policy under its Hugging Face names: the weights that engines get, and the folder that a run leaves."""
 
 from __future__ import annotations
 
 import logging
 import os
 import shutil
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
 
 from verl.config.worker import ModelConfig
 from verl.data.vision import load_processor
+from verl.models.lora import ADAPTER, is_adapter
 from verl.models.policy import PolicyModel
 from verl.utils.files import atomic_path
+from verl.workers.fsdp.wrap import whole
 
 logger = logging.getLogger(__name__)
 
+ADAPTER_FOLDER = "adapter"
+BASE = "base_layer"  # peft's name for what an adapter is added to
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight in shards, and what an adapter adds to it: `scale` * `up` @ `down`."""
+
+    stored: torch.Tensor
+    down: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+    scale: float = 0.0
+
+    @torch.no_grad()
+    def whole(self) -> torch.Tensor:
+        """Gathered from all ranks, which must call this together; with an adapter merged, in float32."""
+        weight = whole(self.stored)
+        if self.down is None:
+            return weight
+        return weight.float() + self.scale * (whole(self.up).float() @ whole(self.down).float())
+
+
+def plain_weights(inner: nn.Module) -> dict[str, Weight]:
+    """Every weight under the name that the model without adapters has for it, a tied head under both of its names."""
+    state = inner.state_dict()
+    found = {}
+    for name, stored in state.items():
+        layer, adapted, _ = name.partition(f".{BASE}.weight")
+        if adapted:
+            down, up = (state[f"{layer}.lora_{side}.{ADAPTER}.weight"] for side in "AB")
+            found[f"{layer}.weight"] = Weight(stored, down, up, inner.get_submodule(layer).scaling[ADAPTER])
+        elif not is_adapter(name):
+            found[name.replace(f".{BASE}.", ".")] = Weight(stored)
+    return found
+
 
 def save_huggingface(policy: PolicyModel, model: ModelConfig, path: str) -> None:
-    """Write weights (float32), config, processor and sampling defaults to `path`, whole or not at all.
+    """Write weights (float32), config, processor and sampling defaults to `path`, whole or not at all. With LoRA the
+    weights are merged ones, and the adapter alone lies in peft's format in the sub-folder `adapter`.
 
     All ranks call this together, since gathering the weights takes all of them; rank 0 writes.
     """
-    weights = full_state_dict(policy)
+    inner = policy.inner
+    # A file that holds both names of a tied weight cannot be tied again on loading.
+    aliases = inner.all_tied_weights_keys
+    weights = _on_rank_0({name: weight for name, weight in plain_weights(inner).items() if name not in aliases})
+    adapter = _on_rank_0({name: Weight(w) for name, w in inner.state_dict().items() if is_adapter(name)})
     if dist.get_rank() != 0:
         return
-    # A file that holds both names of a tied weight cannot be tied again on loading.
-    aliases = policy.inner.all_tied_weights_keys
-    weights = {name: weight for name, weight in weights.items() if name not in aliases}
     with atomic_path(path) as temporary:
-        policy.inner.save_pretrained(temporary, state_dict=weights)
-        load_processor(model.model_path, model.trust_remote_code).save_pretrained(temporary)
-        defaults = os.path.join(model.model_path, "generation_config.json")
-        if os.path.isfile(defaults):
-            shutil.copy(defaults, temporary)
+        inner.save_pretrained(temporary, state_dict=weights)
+        inner.config.dtype = torch.float32  # save_pretrained takes that of a frozen base, which may be another one
+        inner.config.save_pretrained(temporary)
+        save_processor(model, temporary)
+        if adapter:
+            _save_adapter(inner, adapter, os.path.join(temporary, ADAPTER_FOLDER))
     logger.info("saved the policy to %s", path)
 
 
-def full_state_dict(policy: PolicyModel) -> dict[str, torch.Tensor]:
-    """All weights on CPU on rank 0, under Hugging Face names; {} on the other ranks."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(policy, options=options)
-    return {name.removeprefix("inner."): weight for name, weight in weights.items()}
+def save_description(policy: PolicyModel, model: ModelConfig, folder: str) -> None:
+    """Write all of a Hugging Face folder but its weights: config, processor, sampling defaults, and with LoRA the
+    adapter's config in the sub-folder `adapter`."""
+    policy.inner.config.save_pretrained(folder)
+    if policy.inner.generation_config is not None:
+        policy.inner.generation_config.save_pretrained(folder)
+    save_processor(model, folder)
+    if model.lora.rank:
+        policy.inner.peft_config[ADAPTER].save_pretrained(os.path.join(folder, ADAPTER_FOLDER))
+
+
+def save_processor(model: ModelConfig, folder: str) -> None:
+    """Write processor and sampling defaults, as they are where the model came from."""
+    load_processor(model.model_path, model.trust_remote_code).save_pretrained(folder)
+    defaults = os.path.join(model.model_path, "generation_config.json")
+    if os.path.isfile(defaults):
+        shutil.copy(defaults, folder)
+
+
+def _save_adapter(inner: nn.Module, weights: dict[str, torch.Tensor], folder: str) -> None:
+    """Write what PeftModel.from_pretrained(MODEL, folder) reads."""
+    inner.peft_config[ADAPTER].save_pretrained(folder)
+    named = {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": weight for name, weight in weights.items()}
+    save_file(named, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
+def _on_rank_0(weights: dict[str, Weight]) -> dict[str, torch.Tensor]:
+    """One after the other gathered by all ranks; kept by rank 0, in float32 on CPU. {} on the other ranks."""
+    found = {}
+    for name, weight in weights.items():
+        full = weight.whole()
+        if dist.get_rank() == 0:
+            found[name] = full.float().cpu().contiguous()
+    return found

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from verl.config.worker import FSDPConfig, ModelConfig
 from verl.models.loading import load_model, resolve_dtype
+from verl.models.lora import add_adapter
 from verl.models.policy import PolicyModel
 from verl.models.value import ValueModel
 
@@ -31,9 +32,12 @@ def build_sharded(
 
     Only rank 0 reads the weights; the others get their shards from it.
     """
+    # Float32 is for weights that small updates add up in. Below adapters they are frozen: in the dtype that they
+    # compute in they take half the memory on GPUs, and give the same forward.
+    dtype = resolve_dtype(fsdp.compute_dtype, device.type) if model.lora.rank else torch.float32
     inner = load_model(
         model.model_path,
-        torch.float32,
+        dtype,
         model.attn_implementation,
         model.trust_remote_code,
         empty=dist.get_rank() != 0,
@@ -42,6 +46,8 @@ def build_sharded(
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if model.freeze_vision_tower:
         inner.model.visual.requires_grad_(False)
+    if model.lora.rank:
+        add_adapter(inner, model.lora, model.model_path)
     wrapped = wrap(inner)
     weights = wrapped.state_dict() if dist.get_rank() == 0 else {}
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))

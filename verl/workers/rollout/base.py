@@ -19,7 +19,8 @@ from verl.workers.rollout.weight_sync import BucketLayout
 @dataclass(frozen=True)
 class SamplingParams:
     """One request: `n` responses of at most `max_tokens` tokens. `seed` makes them repeatable, whatever other
-    requests share the batch. `top_k` -1 keeps all tokens, `temperature` 0 takes the likeliest one."""
+    requests share the batch. `top_k` -1 keeps all tokens, `temperature` 0 takes the likeliest one. With `ignore_eos`
+    no end token is ever sampled."""
 
     n: int
     temperature: float
@@ -27,6 +28,7 @@ class SamplingParams:
     top_k: int
     max_tokens: int
     seed: int
+    ignore_eos: bool = False
 
 
 class RolloutEngine(Protocol):
@@ -81,7 +83,7 @@ ENGINES: Registry[type[RolloutEngine]] = Registry("rollout engine (worker.rollou
 
 def train_sampling(config: RolloutConfig, max_tokens: int, uids: list[str], epoch: int) -> list[SamplingParams]:
     """Requests of a training step. The seed follows from run seed, prompt and epoch, not from the step's order."""
-    base = SamplingParams(config.n, config.temperature, config.top_p, config.top_k, max_tokens, 0)
+    base = SamplingParams(config.n, config.temperature, config.top_p, config.top_k, max_tokens, 0, config.ignore_eos)
     return [replace(base, seed=derive_seed(config.seed, "train", epoch, uid)) for uid in uids]
 
 

@@ -20,7 +20,11 @@ def choose_engine(name: str) -> str:
     """
     if name == "auto":
         name = "vllm" if is_installed() else "hf"
-        hint = "" if name == "vllm" else " (vLLM is not installed; it is much faster: see README, Rollout engines)"
+        hint = (
+            ""
+            if name == "vllm"
+            else " (vLLM is not installed; it is much faster: see examples/README.md, Rollout engines)"
+        )
         logger.info("rollout engine: %s%s", name, hint)
     ENGINES[name]
     if name == "vllm" and not is_installed():

@@ -99,8 +99,7 @@ class HFEngine:
                 "image_grid_thw": images["image_grid_thw"],
                 "mm_token_type_ids": (ids == self.model.config.image_token_id).int(),
             }
-        banned = torch.tensor(self.special.banned, device=self.device)
-        sampler = SeededSampler(sampling, banned, self.device)
+        sampler = SeededSampler(sampling, self.special, self.device)
         sequences = self.model.generate(
             input_ids=ids,
             attention_mask=prompts["prompt_mask"][:, first:].to(self.device),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import LogitsProcessor
 
+from verl.models.families import SpecialTokens
 from verl.utils.seeding import derive_seed
 from verl.workers.rollout.base import SamplingParams
 
@@ -18,21 +19,25 @@ class SeededSampler(LogitsProcessor):
 
     Args:
         sampling: one per prompt; rows are the prompts, each n times, side by side.
-        banned: token ids that are never sampled.
+        special: its banned tokens are never sampled.
     """
 
-    def __init__(self, sampling: list[SamplingParams], banned: torch.Tensor, device: torch.device) -> None:
+    def __init__(self, sampling: list[SamplingParams], special: SpecialTokens, device: torch.device) -> None:
         rows = [(params, k) for params in sampling for k in range(params.n)]
         # Temperature 0 is the limit: the likeliest token alone.
         self.temperature = torch.tensor([[p.temperature or 1.0] for p, _ in rows], device=device)
         self.top_p = torch.tensor([[p.top_p] for p, _ in rows], device=device)
         self.top_k = torch.tensor([[p.top_k if p.temperature else 1] for p, _ in rows], device=device)
-        self.banned = banned
+        self.banned = torch.tensor(special.banned, device=device)
+        self.ends = torch.tensor(special.eos, device=device)
+        self.endless = torch.tensor([[p.ignore_eos] for p, _ in rows], device=device)
         self.uniform = torch.stack([_uniform(p, k) for p, k in rows]).to(device)
         self.log_probs: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         logits = (scores.float() / self.temperature).index_fill(-1, self.banned, float("-inf"))
+        if self.endless.any():
+            logits[:, self.ends] = logits[:, self.ends].masked_fill(self.endless, float("-inf"))
         log_probs = torch.log_softmax(self._truncate(logits), dim=-1)
         # float64: in float32 the rounding of a sum over 150,000 tokens is as large as rare tokens are likely.
         cumulative = log_probs.double().exp().cumsum(-1)

@@ -143,6 +143,7 @@ class VLLMEngine:
         from vllm import SamplingParams as VLLMParams
         from vllm.sampling_params import RequestOutputKind
 
+        banned = (*self.special.banned, *(self.special.eos if params.ignore_eos else ()))
         return VLLMParams(
             n=params.n,
             temperature=params.temperature,
@@ -152,7 +153,7 @@ class VLLMEngine:
             # vLLM counts on from it for the n samples: seeds that lie side by side would share samples.
             seed=derive_seed(params.seed),
             stop_token_ids=list(self.special.eos),
-            logit_bias={token: -100.0 for token in self.special.banned},  # e^-100: never, in any run
+            logit_bias=dict.fromkeys(banned, -100.0),  # e^-100: never, in any run
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
             detokenize=False,

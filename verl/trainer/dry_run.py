@@ -1,0 +1,157 @@
+"""A run in small before the run: the largest legal sample through rollout, reward, every pass, update and sync."""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import itertools
+import logging
+import math
+from typing import Any
+
+import numpy as np
+import ray
+from PIL import Image
+from tqdm import tqdm
+
+from verl.algorithms.rewards import RewardKL
+from verl.config.config import Config
+from verl.config.sizes import compute_sizes
+from verl.data.collate import PromptCollator
+from verl.data.dataset import IMAGE_MARKER, PromptDataset, count_images
+from verl.single_controller.resources import start_ray
+from verl.trainer.collect import Collector
+from verl.trainer.plan import Plan
+from verl.trainer.run import Run
+from verl.trainer.step import run_step
+from verl.trainer.workers import Workers
+
+logger = logging.getLogger(__name__)
+
+STEPS = 2  # the optimizer's state is there from the second on, and the engine wakes up beside it
+WORD = " a"
+
+
+def dry_run(plan: Plan) -> list[str]:
+    """Two steps of a plan that `in_small` has made small, all samples the largest; returns what they took, in lines.
+
+    Nothing is written, and the weights are gone afterwards. The samples have noise for images, as many and as large
+    as a row of the data may have, text up to data.max_prompt_length, and responses of data.max_response_length.
+
+    Raises OutOfDeviceMemory where a GPU is too small, naming the keys that change that.
+    """
+    item = largest_item(plan)
+    count = plan.sizes.prompts_per_step
+    prompts = PromptCollator(plan.vision.special.pad)([with_noise(plan, item, number) for number in range(count)])
+    logger.info(
+        "dry run: %d steps of %d prompts with %d tokens (%s) x %d responses of %d tokens",
+        STEPS,
+        count,
+        len(item["prompt_ids"]),
+        ", ".join("{} x {} pixels".format(*image.size) for image in item["images"]) or "no images",
+        plan.sizes.responses_per_prompt,
+        plan.config.data.max_response_length,
+    )
+    try:
+        start_ray(plan.layout, plan.config.trainer.nnodes)
+        workers = Workers.build(plan)
+        reward_kl = RewardKL(plan.config.algorithm.reward_kl)
+        run = Run(plan.config, plan.sizes, plan.requirements, plan.vision, workers, STEPS, reward_kl)
+        collector = Collector(run, itertools.repeat((0, prompts)))
+        for step in tqdm(range(1, STEPS + 1), desc="dry run", unit="step", leave=False):
+            metrics = run_step(run, collector, step).metrics
+        return report(metrics, workers)
+    finally:
+        ray.shutdown()
+
+
+def in_small(config: Config) -> Config:
+    """The config with one update per step, of the fewest prompts that give every rank a whole micro-batch."""
+    small = copy.deepcopy(config)
+    sizes = compute_sizes(config)
+    actor = config.worker.actor
+    rows = max(actor.micro_batch_size_per_device_for_update, actor.micro_batch_size_per_device_for_experience)
+    shared = sizes.ranks // math.gcd(sizes.ranks, sizes.responses_per_prompt)  # so many prompts fall to ranks equally
+    wanted = -(-rows * sizes.ranks // sizes.responses_per_prompt)
+    prompts = min(-(-wanted // shared) * shared, sizes.prompts_per_update)
+    small.data.rollout_batch_size = small.worker.actor.global_batch_size = prompts
+    small.data.mini_rollout_batch_size = None
+    small.algorithm.online_filtering = False
+    small.trainer.val_only = False
+    small.trainer.max_steps = STEPS
+    small.trainer.critic_warmup = 0
+    small.worker.rollout.ignore_eos = True
+    return small
+
+
+def largest_item(plan: Plan) -> dict[str, Any]:
+    """The largest prompt that the limits of the data section allow: images as many as a row of the training data has
+    at most, as large as they may be, and as fit, and text for the rest."""
+    dataset: PromptDataset = plan.train_loader.dataset
+    limit = plan.config.data.max_prompt_length
+    image_tokens = plan.vision.num_image_tokens
+    most = max(count_images(dataset.rows.dataset.data, plan.config.data.image_key), default=0)
+    for count in range(most, -1, -1):
+        allowed = sides(plan) if count else [0]
+        smallest = [Image.new("RGB", (allowed[-1],) * 2)] * count
+        bare = len(encode(plan, smallest, "")["prompt_ids"])
+        for side in allowed:
+            more = count and count * (image_tokens(side, side) - image_tokens(*smallest[0].size))
+            if bare + more <= limit:
+                return fill(plan, [Image.new("RGB", (side, side))] * count, limit - bare - more, limit)
+    raise ValueError(f"data.max_prompt_length={limit} is too short for an empty prompt of this model")
+
+
+def sides(plan: Plan) -> list[int]:
+    """Sides of square images in pixels, from the largest that is allowed downwards, each with fewer tokens."""
+    processor, data = plan.vision.image_processor, plan.config.data
+    factor = processor.patch_size * processor.merge_size
+    largest, smallest = (math.isqrt(pixels) // factor for pixels in (data.max_pixels, data.min_pixels))
+    return [factor * number for number in range(max(largest, 1), max(smallest, 1) - 1, -1)]
+
+
+def fill(plan: Plan, images: list[Image.Image], room: int, limit: int) -> dict[str, Any]:
+    """The prompt with as many words as `room` tokens hold."""
+
+    def tokens(words: int) -> int:
+        return len(plan.vision.tokenizer(WORD * words)["input_ids"])
+
+    words = bisect.bisect_right(range(room + 1), room, key=tokens) - 1
+    item = encode(plan, images, WORD * words)
+    while len(item["prompt_ids"]) > limit:  # tokens that join with their neighbours may change the count
+        words -= 1
+        item = encode(plan, images, WORD * words)
+    return item
+
+
+def encode(plan: Plan, images: list[Image.Image], text: str) -> dict[str, Any]:
+    problem = IMAGE_MARKER * len(images) + text
+    encoded = plan.vision.encode_prompt(plan.vision.chat_text(problem), images)
+    return {"problem": problem, "images": images, **encoded}
+
+
+def with_noise(plan: Plan, item: dict[str, Any], number: int) -> dict[str, Any]:
+    """The prompt as row `number` of a batch: with pictures of its own, which no engine has met before."""
+    noise = np.random.default_rng(number)
+    images = [Image.fromarray(noise.integers(0, 256, (*i.size[::-1], 3), dtype=np.uint8)) for i in item["images"]]
+    dataset: PromptDataset = plan.train_loader.dataset
+    return {
+        **item,
+        **plan.vision.encode_prompt(plan.vision.chat_text(item["problem"]), images),
+        "uid": f"dry run:{number}",
+        "answer": str(dataset.rows.dataset[0][plan.config.data.answer_key]),
+        "images": images,
+        "view_images": dict.fromkeys(dataset.view_columns, images),
+    }
+
+
+def report(metrics: dict[str, float], workers: Workers) -> list[str]:
+    """Seconds of each phase of the last step, and the most memory that each rank has held."""
+    phases = {name.removeprefix("timing_s/"): value for name, value in metrics.items() if name.startswith("timing_s/")}
+    lines = ["dry run passed: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in phases.items())]
+    groups = {"actor": workers.actor, "reference": workers.reference, "critic": workers.critic}
+    for role, group in groups.items():
+        for rank, (peak, memory) in enumerate(group.peak_memory() if group else ()):
+            of = f" of {memory / 2**30:.1f} GiB of its GPU" if memory else " GiB of main memory"
+            lines.append(f"  {role}[{rank}]: at most {peak / 2**30:.1f}{of}")
+    return lines
