@@ -10,6 +10,7 @@ import sys
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from papo.data_check.command import add_data
 from papo.doctor.command import add_doctor
 from papo.export.command import add_export
 from papo.plugin import register
@@ -47,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add_convert_config(commands)
     add_doctor(commands)
     add_export(commands)
+    add_data(commands)
     return top
 
 
@@ -65,7 +67,8 @@ def add_mask(commands: argparse._SubParsersAction) -> None:
 
 def mask(options: argparse.Namespace) -> None:
     """Write the picture and its masked view side by side."""
-    from verl.data.vision import VisionProcessor, open_image  # transformers takes seconds, --help should not
+    from verl.data.images import open_image
+    from verl.data.vision import VisionProcessor  # transformers takes seconds, --help should not
 
     config = strategy_config(options.strategy, options.overrides)
     image = open_image(options.image, None)

@@ -14,7 +14,7 @@ from tests.conftest import REPOSITORY
 from verl.config.compose import compose_config
 from verl.config.config import Config
 from verl.config.sizes import compute_sizes
-from verl.data.dataset import load_template
+from verl.data.rows import load_template
 from verl.trainer.main import parse
 from verl.trainer.plan import check
 from verl.workers.reward.functions import load_functions

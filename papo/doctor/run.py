@@ -187,8 +187,9 @@ def check_output(case: Case) -> Iterator[Finding]:
 
 def check_data(case: Case) -> Iterator[Finding]:
     """Files open, all rows have their columns and images, and some of them become prompts."""
-    from verl.data.dataset import PromptDataset, count_images
-    from verl.data.overlong import prompt_length
+    from verl.data.checks import Fault, count_images, refuse
+    from verl.data.dataset import PromptDataset
+    from verl.data.overlong import count_prompts
 
     data, trainer = case.config.data, case.config.trainer
     views, vision = case.config.algorithm.views, case.vision
@@ -198,17 +199,20 @@ def check_data(case: Case) -> Iterator[Finding]:
         if reference is None:
             continue
         try:
-            dataset = PromptDataset(reference, key, replace(data, filter_overlong_prompts=False), vision, view_columns)
+            unfiltered = replace(data, filter_overlong_prompts=False, truncation=None)
+            dataset = PromptDataset(reference, key, unfiltered, vision, view_columns)
             every = max(1, len(dataset) // SAMPLED_ROWS)
             sample = list(range(0, len(dataset), every))[:SAMPLED_ROWS]
-            lengths = [prompt_length(dataset, dataset.rows.dataset[index]) for index in sample]
+            counted = [count_prompts(dataset.rows, vision, index, [dataset.rows[index]])[0] for index in sample]
+            refuse(dataset.rows, [found for found in counted if isinstance(found, Fault)])
+            lengths = [length for length in counted if isinstance(length, int)]
             for index, length in list(zip(sample, lengths, strict=True))[:ENCODED_ROWS]:
                 if length <= data.max_prompt_length:
                     dataset[index]
         except (ValueError, OSError) as reason:
             yield error("data", str(reason) if key in str(reason) else f"{key}: {reason}")
             continue
-        images = max(count_images(dataset.rows.dataset.data, data.image_key))
+        images = max(count_images(dataset.rows.table, data.image_key))
         if key == "data.train_files":
             case.images_per_row, case.longest_prompt = max(1, images), min(max(lengths), data.max_prompt_length)
         text = f"{key}: {len(dataset)} rows with up to {images} image(s); "

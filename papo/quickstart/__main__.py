@@ -16,7 +16,7 @@ import torch
 from papo.quickstart.digits import build_data
 from papo.quickstart.tiny_vlm import build_model
 from papo.quickstart.warm_start import warm_start
-from verl.data.dataset import IMAGE_MARKER, load_template
+from verl.data.rows import IMAGE_MARKER, load_template
 from verl.utils.process import LOG_FORMAT, quiet_libraries
 
 logger = logging.getLogger("papo.quickstart")

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 import papo.corruption.random_patch  # noqa: F401  (registers)
+from verl.data.images import open_image
 from verl.data.views import VIEW_CONFIGS, transform
-from verl.data.vision import open_image
 
 KEY = "algorithm.views.masked"
 SHARES = ("random_patch", "pixel", "grid", "block")  # what hides `prob` of the picture

@@ -106,6 +106,11 @@ def _warmup(old: Old) -> Changes:
     return {"worker.actor.optim.lr_warmup_steps": steps * updates}
 
 
+def _filter_workers(old: Old) -> Changes:
+    key = "data.filter_overlong_prompts_workers"
+    return {} if old[key] == 16 else {key: old[key]}  # upstream's default fits few machines; here it is the cores
+
+
 def _mini_batch(old: Old) -> Changes:
     key = "data.mini_rollout_batch_size"
     return {key: old[key]} if old["algorithm.online_filtering"] else {}
@@ -190,7 +195,7 @@ DATA = [
     same("data.min_pixels", 262144),
     same("data.max_pixels", 4194304),
     same("data.filter_overlong_prompts", True),
-    no_effect("data.filter_overlong_prompts_workers", 16, "lengths are found without decoding images, in one process"),
+    Rule({"data.filter_overlong_prompts_workers": 16}, _filter_workers),
 ]
 
 ALGORITHM = [

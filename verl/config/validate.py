@@ -87,8 +87,7 @@ def _check_positive(config: Config, keys: Iterable[str]) -> None:
 
 def _check_values(config: Config) -> None:
     trainer = config.trainer
-    if config.data.min_pixels > config.data.max_pixels:
-        raise ValueError(f"data.min_pixels={config.data.min_pixels} is above data.max_pixels={config.data.max_pixels}")
+    config.data.check()
     if trainer.max_steps is not None and trainer.max_steps < 1:
         raise ValueError(f"trainer.max_steps={trainer.max_steps}: 1 or more, or null for trainer.total_epochs")
     if trainer.critic_warmup < 0:

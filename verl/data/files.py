@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import glob
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from datasets import Dataset, Image, List, concatenate_datasets, load_dataset
+import pyarrow as pa
+from datasets import Dataset, load_dataset, load_from_disk
 
-LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
+LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes, of one split and of several
+WEIGHTED = re.compile(r"(.+)\*(\d+(?:\.\d+)?|\.\d+)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file or a name on the hub. In an epoch each row comes `weight` times, on average; `identity` changes when the
+    content does."""
+
+    name: str
+    num_rows: int
+    weight: float
+    identity: str
 
 
 @dataclass(frozen=True)
@@ -16,83 +32,112 @@ class Rows:
     """All rows of a run's files, and where each came from."""
 
     dataset: Dataset
-    sources: tuple[tuple[str, int], ...]  # (file or hub name, number of rows), in order
+    sources: tuple[Source, ...]  # in order
 
     def origin(self, index: int) -> tuple[str, int]:
         """(file or hub name, row within it) of the row `index`."""
-        for name, num_rows in self.sources:
-            if index < num_rows:
-                return name, index
-            index -= num_rows
+        for source in self.sources:
+            if index < source.num_rows:
+                return source.name, index
+            index -= source.num_rows
         raise IndexError(index)
 
 
-def open_rows(reference: str, key: str, *image_keys: str) -> Rows:
-    """Open comma-separated files, folders and hub names, each optionally with `@split`.
+def open_rows(reference: str, key: str, required: Mapping[str, str], optional: Sequence[str] = ()) -> Rows:
+    """Open comma-separated files, folders and hub names, each optionally with `@split` and `*weight`.
 
-    Images stay undecoded. Raises ValueError or FileNotFoundError that names the config `key` and the part at
-    fault.
+    Only the columns that are named are kept; a file without an `optional` one has none of it. Images stay undecoded.
+
+    Args:
+        required: of each column that every file must have, what asks for it, for errors.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the config `key` and the part at fault.
     """
-    names, parts = [], []
+    sources, tables = [], []
     for part in filter(None, (p.strip() for p in reference.split(","))):
-        for name, dataset in _open_one(part, key):
+        found = WEIGHTED.fullmatch(part)
+        weight = float(found[2]) if found else 1.0
+        if not weight:
+            raise ValueError(f"{key}: '{part}' has the weight 0; leave it out")
+        for source, dataset in _open_one(found[1] if found else part, key):
             if not len(dataset):
-                raise ValueError(f"{key}: '{name}' has no rows")
-            names.append((name, len(dataset)))
-            for image_key in image_keys:
-                dataset = _undecoded(dataset, image_key)
-            parts.append(dataset)
-    if not parts:
+                raise ValueError(f"{key}: '{source.name}' has no rows")
+            sources.append(replace(source, weight=weight))
+            tables.append(_table(dataset, source.name, key, required, optional))
+    if not tables:
         raise ValueError(f"{key}='{reference}' names no file")
     try:
-        dataset = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
-    except ValueError as error:
-        raise ValueError(f"{key}: the files {[n for n, _ in names]} have columns that do not fit: {error}") from error
-    return Rows(dataset, tuple(names))
+        table = tables[0] if len(tables) == 1 else pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        names = [source.name for source in sources]
+        raise ValueError(f"{key}: the files {names} have columns that do not fit: {error}") from error
+    return Rows(Dataset(table, fingerprint="rows"), tuple(sources))
 
 
-def _open_one(reference: str, key: str) -> list[tuple[str, Dataset]]:
+def _table(dataset: Dataset, name: str, key: str, required: Mapping[str, str], optional: Sequence[str]) -> pa.Table:
+    """The wanted columns as they lie on disk. Types of `datasets` would decode images on access, and would keep a file
+    with them from being joined to one without."""
+    columns = dataset.column_names
+    for column, asked in required.items():
+        if column not in columns:
+            raise ValueError(f"{key}: no column '{column}' ({asked}) in {name}; columns: {columns}")
+    wanted = [*required, *(column for column in optional if column in columns and column not in required)]
+    table = dataset.with_format("arrow")[:].select(wanted).replace_schema_metadata(None)
+    for at, column in enumerate(wanted):  # an answer 7 here and "B" there
+        if pa.types.is_integer(table.schema.field(column).type):
+            table = table.set_column(at, column, table.column(column).cast(pa.string()))
+    return table
+
+
+def _open_one(reference: str, key: str) -> list[tuple[Source, Dataset]]:
     path, _, split = reference.partition("@")
     split = split or "train"
     if os.path.isfile(path):
-        return [(path, _load_file(path, key))]
+        return [_open_file(path, key)]
     if os.path.isdir(path):
+        if any(os.path.isfile(os.path.join(path, name)) for name in SAVED):
+            return [_from_hub_or_disk(path, split, key, reference)]
         files = sorted(f for f in glob.glob(os.path.join(path, "**", "*"), recursive=True) if _suffix(f) in LOADERS)
         if "@" in reference:
             files = [f for f in files if os.path.basename(f).startswith(split)]
         if not files:
             raise FileNotFoundError(f"{key}: the folder '{path}' has no {', '.join(LOADERS)} file ('{reference}')")
-        return [(file, _load_file(file, key)) for file in files]
+        return [_open_file(file, key) for file in files]
     if _suffix(path) in LOADERS or path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise FileNotFoundError(f"{key}: there is no file or folder '{os.path.abspath(path)}'")
+    return [_from_hub_or_disk(path, split, key, reference)]
+
+
+def _from_hub_or_disk(path: str, split: str, key: str, reference: str) -> tuple[Source, Dataset]:
     try:
-        return [(path, load_dataset(path, split=split))]
+        if os.path.isdir(path):
+            dataset = load_from_disk(path)
+            dataset = dataset if isinstance(dataset, Dataset) else dataset[split]
+        else:
+            dataset = load_dataset(path, split=split)
     except Exception as error:
         raise ValueError(
             f"{key}='{reference}' is no file or folder here, and as a name on the hub it does not load: {error}"
+            if not os.path.isdir(path)
+            else f"{key}: the folder '{reference}', which `save_to_disk` has written, does not load: {error}"
         ) from error
+    return Source(path, len(dataset), 1.0, dataset._fingerprint), dataset
 
 
-def _load_file(path: str, key: str) -> Dataset:
+def _open_file(path: str, key: str) -> tuple[Source, Dataset]:
     loader = LOADERS.get(_suffix(path))
     if loader is None:
         raise ValueError(f"{key}: '{path}' is none of {', '.join(LOADERS)}")
     try:
-        return load_dataset(loader, data_files=path, split="train")
+        dataset = load_dataset(loader, data_files=path, split="train")
     except Exception as error:
         # datasets wraps the reason ("An error occurred while generating"); the cause is what helps.
         raise ValueError(f"{key}: '{path}' cannot be read as {loader}: {error.__cause__ or error}") from error
+    state = os.stat(path)
+    identity = f"{os.path.abspath(path)} {state.st_size} {state.st_mtime_ns}"
+    return Source(path, len(dataset), 1.0, identity), dataset
 
 
 def _suffix(path: str) -> str:
     return os.path.splitext(path)[1].lower()
-
-
-def _undecoded(dataset: Dataset, image_key: str) -> Dataset:
-    """Hub datasets decode images on access; checks and filters want rows without that cost."""
-    feature = dataset.features.get(image_key)
-    if isinstance(feature, Image):
-        return dataset.cast_column(image_key, Image(decode=False))
-    if isinstance(feature, List) and isinstance(feature.feature, Image):
-        return dataset.cast_column(image_key, List(Image(decode=False)))
-    return dataset

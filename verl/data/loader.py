@@ -2,29 +2,69 @@
 
 from __future__ import annotations
 
-from torch.utils.data import Dataset
+from collections.abc import Iterator
+
+import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from verl.data.collate import PromptCollator
+from verl.data.dataset import PromptDataset
+from verl.utils.seeding import derive_seed
+
+# Batches that each loader process has ready or in the making: more would only fill the host's memory with images.
+PREFETCHED = 1
+
+
+class WeightedSampler(StatefulDistributedSampler):
+    """In each epoch every row of a file `weight` times: the whole part of it is the same in each epoch, of the rest the
+    epochs take their turns, so that after a while all rows have come equally often. Order and choice follow from seed
+    and epoch."""
+
+    def __init__(self, dataset: PromptDataset, shuffle: bool, seed: int) -> None:
+        self.prompts = dataset
+        super().__init__(range(len(self._chosen(0, seed))), num_replicas=1, rank=0, shuffle=shuffle, seed=seed)
+
+    def __iter__(self) -> Iterator[int]:
+        chosen = self._chosen(self.epoch, self.seed)
+        for place in super().__iter__():
+            yield chosen[place]
+
+    def _chosen(self, epoch: int, seed: int) -> list[int]:
+        """Items of the dataset; the copy c of an item stands c times the dataset's length behind it."""
+        chosen: list[int] = []
+        for number, (weight, items) in enumerate(self.prompts.shares()):
+            whole, rest = divmod(round(weight * len(items)), len(items))
+            for copy in range(whole):
+                chosen += [item + copy * len(self.prompts) for item in items]
+            turns = torch.randperm(
+                len(items), generator=torch.Generator().manual_seed(derive_seed(seed, "weights", number))
+            )
+            turn = (epoch * rest + torch.arange(rest)) % len(items)
+            chosen += sorted(items[i] + whole * len(self.prompts) for i in turns[turn].tolist())
+        return chosen
 
 
 def train_loader(
-    dataset: Dataset, batch_size: int, shuffle: bool, seed: int, num_workers: int, collator: PromptCollator
+    dataset: PromptDataset, batch_size: int, shuffle: bool, seed: int, num_workers: int, collator: PromptCollator
 ) -> StatefulDataLoader:
     """Batches of `batch_size` prompts; `loader.sampler.set_epoch(e)` before each epoch gives it its own order.
 
     The last, incomplete batch of an epoch is left out: every step has the same number of prompts.
-    `state_dict` and `load_state_dict` carry the position within an epoch.
+    `state_dict` and `load_state_dict` carry the position within an epoch. Besides the batch in use, at most
+    `num_workers` batches are in memory: they are made while the engine generates.
 
     Raises ValueError where the data has less than one batch.
     """
-    if len(dataset) < batch_size:
+    if all(weight == 1 for weight, _ in dataset.shares()):
+        sampler = StatefulDistributedSampler(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=seed)
+    else:
+        sampler = WeightedSampler(dataset, shuffle, seed)
+    if len(sampler) < batch_size:
         raise ValueError(
-            f"data.train_files has {len(dataset)} prompts, fewer than one step takes "
+            f"data.train_files has {len(sampler)} prompts, fewer than one step takes "
             f"(data.rollout_batch_size={batch_size})"
         )
-    sampler = StatefulDistributedSampler(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=seed)
     return StatefulDataLoader(
         dataset,
         batch_size=batch_size,
@@ -32,11 +72,17 @@ def train_loader(
         num_workers=num_workers,
         collate_fn=collator,
         drop_last=True,
+        prefetch_factor=PREFETCHED if num_workers else None,
     )
 
 
 def validation_loader(
-    dataset: Dataset, batch_size: int, num_workers: int, collator: PromptCollator
+    dataset: PromptDataset, batch_size: int, num_workers: int, collator: PromptCollator
 ) -> StatefulDataLoader:
-    """All prompts in order, the last batch as short as it is."""
-    return StatefulDataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collator)
+    """All prompts in order, the last batch as short as it is. Raises ValueError for files with weights."""
+    if any(weight != 1 for weight, _ in dataset.shares()):
+        raise ValueError("data.val_files: every prompt is validated once; weights are for data.train_files")
+    prefetch = PREFETCHED if num_workers else None
+    return StatefulDataLoader(
+        dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=collator, prefetch_factor=prefetch
+    )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import os
 from functools import cached_property
 from typing import Any
 
@@ -16,33 +14,6 @@ from transformers.image_utils import SizeDict
 
 from verl.models.families import SpecialTokens, family_of, positions_of_prompt, special_tokens
 from verl.models.paths import check_model_path
-
-
-def open_image(image: Any, image_dir: str | None) -> Image.Image:
-    """An RGB picture from bytes, a {bytes, path} dict, a path or a PIL image.
-
-    Raises ValueError or FileNotFoundError saying what is wrong with it.
-    """
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, str):
-        path = os.path.join(image_dir or "", image)
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"there is no image file '{path}' (relative paths are looked up in data.image_dir)")
-        with open(path, "rb") as file:
-            image = file.read()
-    if isinstance(image, bytes):
-        try:
-            image = Image.open(io.BytesIO(image))
-            image.load()
-        except OSError as error:
-            raise ValueError(f"an image of {len(image)} bytes cannot be decoded: {error}") from error
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"an image is given as {type(image).__name__}; bytes, a path or {{bytes, path}} are needed")
-    # RGB before anything else touches pixels: palette indices and 16-bit values are no colours.
-    if image.mode.startswith("I;16"):  # Pillow would clip all above 255 to white
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    return image.convert("RGB")
 
 
 class VisionProcessor:
@@ -68,6 +39,12 @@ class VisionProcessor:
                 "image processor"
             )
         return self.processor.image_processor
+
+    @cached_property
+    def media_tokens(self) -> tuple[str, ...]:
+        """What stands for images and videos in a text; a problem that holds it would be taken for a picture."""
+        ids = {getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video")}
+        return tuple(token for token, i in self.tokenizer.get_added_vocab().items() if i in ids)
 
     def chat_text(self, text: str, marker: str = "<image>") -> str:
         """The whole prompt as text: one user message whose `marker`s stand for images, then the model's turn."""
@@ -117,10 +94,26 @@ class VisionProcessor:
         return Image.fromarray(resized.permute(1, 2, 0).numpy())
 
     def num_image_tokens(self, width: int, height: int) -> int:
-        """How many prompt tokens an image of this size takes, by arithmetic alone."""
+        """How many prompt tokens an image of this size takes, by arithmetic alone.
+
+        Raises ValueError for sides of a ratio that the model does not take.
+        """
         image_processor = self.image_processor
-        patches = image_processor.get_number_of_image_patches(height, width, {})
+        try:
+            patches = image_processor.get_number_of_image_patches(height, width, {})
+        except ValueError as error:
+            raise ValueError(
+                f"an image of {width}x{height} pixels is none for {self.family.name}: {error}; crop it, or leave such "
+                "rows out"
+            ) from error
         return patches // image_processor.merge_size**2
+
+    def count_tokens(self, chat_texts: list[str]) -> list[int]:
+        """How many tokens each text has, an image counting as one."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return [len(encoding.ids) for encoding in backend.encode_batch_fast(chat_texts)]
 
 
 def image_ids(pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.config.trainer import Device, TrainerConfig
 from verl.config.worker import RolloutConfig
+from verl.utils.process import usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -116,11 +117,6 @@ def plan_replicas(ranks: int, rollout: RolloutConfig) -> int:
             "of the engines"
         )
     return wanted
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on, which in a container is often fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def start_ray(layout: Layout, nnodes: int = 1) -> None:

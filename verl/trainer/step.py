@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.columns import view_column
+from verl.metrics.memory import host_memory
 from verl.metrics.timing import Timings
 from verl.protocol import DataProto, check_columns
 from verl.trainer.advantages import add_advantages
@@ -57,6 +58,7 @@ def run_step(
         **updated,
         **{f"timing_s/{phase}": seconds for phase, seconds in timings.seconds.items()},
         **throughput(batch, timings),
+        **host_memory(),
     }
     sampling = run.config.worker.rollout
     waited = batch["weight_version"].unique().numel() > 1

@@ -1,0 +1,1 @@
+"""`papo data check`: what is wrong with files of prompts, before a run reads them."""
