@@ -17,8 +17,10 @@ from tqdm import tqdm
 from verl.algorithms.rewards import RewardKL
 from verl.config.config import Config
 from verl.config.sizes import compute_sizes
+from verl.data.checks import count_images
 from verl.data.collate import PromptCollator
-from verl.data.dataset import IMAGE_MARKER, PromptDataset, count_images
+from verl.data.dataset import PromptDataset
+from verl.data.rows import IMAGE_MARKER
 from verl.single_controller.resources import start_ray
 from verl.trainer.collect import Collector
 from verl.trainer.plan import Plan
@@ -90,7 +92,7 @@ def largest_item(plan: Plan) -> dict[str, Any]:
     dataset: PromptDataset = plan.train_loader.dataset
     limit = plan.config.data.max_prompt_length
     image_tokens = plan.vision.num_image_tokens
-    most = max(count_images(dataset.rows.dataset.data, plan.config.data.image_key), default=0)
+    most = max(count_images(dataset.rows.table, plan.config.data.image_key), default=0)
     for count in range(most, -1, -1):
         allowed = sides(plan) if count else [0]
         smallest = [Image.new("RGB", (allowed[-1],) * 2)] * count
@@ -139,9 +141,9 @@ def with_noise(plan: Plan, item: dict[str, Any], number: int) -> dict[str, Any]:
         **item,
         **plan.vision.encode_prompt(plan.vision.chat_text(item["problem"]), images),
         "uid": f"dry run:{number}",
-        "answer": str(dataset.rows.dataset[0][plan.config.data.answer_key]),
+        "answer": str(dataset.rows[0][plan.config.data.answer_key]),
         "images": images,
-        "view_images": dict.fromkeys(dataset.view_columns, images),
+        "view_images": dict.fromkeys(dataset.rows.view_columns, images),
     }
 
 
