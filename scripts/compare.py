@@ -59,7 +59,12 @@ class Variant:
         """The command line of one run, without the interpreter."""
         return [
             *("-m", "verl.trainer.main", "--config-name", self.preset, f"+task={task}"),
-            *("trainer.val_before_train=false", "trainer.val_freq=0", "trainer.save_model=false"),
+            *(
+                "trainer.val_before_train=false",
+                "trainer.val_freq=0",
+                "trainer.save_model=false",
+                "trainer.save_freq=0",
+            ),
             *("trainer.logger=[jsonl]", f"trainer.seed={seed}", *common, *self.overrides),
             f"trainer.output_dir={self.folder(out, seed)}",
         ]

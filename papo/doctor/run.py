@@ -144,17 +144,27 @@ def _hub_folder(name: str) -> str | None:
 
 
 def check_output(case: Case) -> Iterator[Finding]:
-    """Room for the model that the run leaves, in float32."""
+    """Room for the model that the run leaves, in float32, and for its checkpoints, with both moments of Adam."""
     from papo.doctor.shape import shape_of
 
     trainer = case.config.trainer
-    if not trainer.save_model or trainer.val_only:
+    if trainer.val_only:
         return
-    needed = 4 * shape_of(case.hf_config).parameters
+    model = 4 * shape_of(case.hf_config).parameters
+    checkpoint = model * (1 if trainer.save_model_only else 3) * (1 + case.requirements.critic)
+    # One more than are kept: the oldest goes when the newest is whole.
+    kept = trainer.save_limit + 1 + bool(trainer.save_best) if trainer.save_limit else 2
+    count = kept if trainer.save_freq or trainer.save_best else 0
+    needed = model * trainer.save_model + checkpoint * count
+    if not needed:
+        return
+    parts = [f"the trained model takes {in_gib(model)} (float32)"] * trainer.save_model
+    parts += [f"{count} checkpoints of {in_gib(checkpoint)} are there at a time"] * bool(count)
     _, free = disk_usage(trainer.output_dir)
-    text = f"the trained model takes {in_gib(needed)} (float32), {in_gib(free)} are free for {trainer.output_dir}"
+    text = f"{', '.join(parts)}, {in_gib(free)} are free for {trainer.output_dir}"
     if needed > free:
-        yield error("disk", text, "make room, set trainer.output_dir to another disk, or trainer.save_model=false")
+        fix = "make room, or set trainer.output_dir to another disk, trainer.save_limit=1, trainer.save_freq=0 or "
+        yield error("disk", text, fix + "trainer.save_model=false")
     else:
         yield ok("disk", text)
 

@@ -40,7 +40,6 @@ REFUSED = {
     "worker.rollout.ignore_eos=true": "worker.rollout.ignore_eos=True",
     "worker.rollout.val_override_config.max_tokens=9": "val_override_config.max_tokens=9",
     "worker.reward.reward_type=sequential": "worker.reward.reward_type=sequential.*list",
-    "trainer.load_checkpoint_path=a/global_step_5": "trainer.load_checkpoint_path=a/global_step_5.*model_path",
     "trainer.val_freq=often": "trainer.val_freq=often: .*str",
     "worker.rollout.val_override_config=9": "worker.rollout.val_override_config=9: .*int",
     "worker.actor.global_batch_size=0": "zero",
@@ -70,19 +69,35 @@ def test_unknown_keys_and_files_are_named(tmp_path):
 
 def test_each_key_is_said_once_and_none_in_silence(caplog):
     """What changes its name or has no effect is a line; what is the same is none; defaults that fill in are one."""
-    overrides = ["worker.actor.padding_free=true", "trainer.save_freq=5", "worker.actor.clip_ratio_high=0.28"]
+    overrides = [
+        "worker.actor.padding_free=true",
+        "trainer.save_best_checkpoint=true",
+        "worker.actor.clip_ratio_high=0.28",
+    ]
     with caplog.at_level(logging.INFO, logger="verl"):
         translate("examples/config.yaml", overrides)
     lines = [record.getMessage() for record in caplog.records]
     for said in (
         "worker.actor.padding_free=true: how rows are padded changes no result",
-        "trainer.save_freq=5: this version saves the model once",
+        "trainer.save_best_checkpoint=true -> trainer.save_best=val/reward",
         "worker.actor.clip_ratio_high=0.28 -> term@algorithm.terms.policy=policy",
         "algorithm.use_kl_loss=true, algorithm.kl_penalty=low_var_kl, algorithm.kl_coef=0.01 -> term@algorithm.terms.r",
         "examples/config.yaml does not set, so EasyR1's and PAPO's defaults hold: data.rollout_batch_size=512",
     ):
         assert sum(said in line for line in lines) == 1, said
     assert not any("data.train_files" in line for line in lines)
+
+
+def test_saving_and_resuming():
+    saving = "trainer.save_freq=5 trainer.save_limit=3 trainer.save_model_only=true trainer.save_best_checkpoint=true"
+    trainer = compose_legacy("examples/config.yaml", saving.split()).trainer
+    assert (trainer.save_freq, trainer.save_limit, trainer.save_model_only) == (5, 3, True)
+    assert (trainer.save_best, trainer.resume) == ("val/reward", "auto")
+    upstream = ["trainer.save_freq=-1", "trainer.save_limit=-1", "trainer.find_last_checkpoint=false"]
+    trainer = compose_legacy("examples/config.yaml", upstream).trainer
+    assert (trainer.save_freq, trainer.save_limit, trainer.save_best, trainer.resume) == (0, 0, None, "never")
+    named = ["trainer.load_checkpoint_path=a/global_step_5"]
+    assert compose_legacy("examples/config.yaml", named).trainer.resume == "a/global_step_5"
 
 
 def test_clipping_token_selection_imitation_and_average():

@@ -14,10 +14,9 @@ from verl.checkpoint.files import FileEntry
 from verl.checkpoint.folder import CheckpointFolder
 from verl.config.worker import LRSchedule, OptimConfig
 from verl.protocol import DataProto
-from verl.utils.rng import rng_state
 from verl.workers.actor.dp_actor import DataParallelActor
 from verl.workers.actor.optim import build_optimizer, build_schedule
-from verl.workers.fsdp.checkpoint import StateWriter, counts, model_tensors, optimizer_tensors
+from verl.workers.fsdp.checkpoint import StateWriter, model_tensors, optimizer_tensors, plain_state
 from verl.workers.fsdp.wrap import whole
 from verl.workers.guarded_step import GuardedStep
 
@@ -50,9 +49,8 @@ def begin_save(actor: DataParallelActor, root: Path, step: int, background: bool
         os.mkdir(os.path.join(folder.begin(step), "actor"))
     dist.barrier()
     writer = StateWriter()
-    plain = {**counts(actor.step), "rng": rng_state()}
     tensors = model_tensors(actor.policy) | optimizer_tensors(actor.step)
-    writer.start(os.path.join(folder.unfinished(step), "actor"), tensors, plain, None, background)
+    writer.start(os.path.join(folder.unfinished(step), "actor"), tensors, plain_state(actor.step), None, background)
     return writer
 
 

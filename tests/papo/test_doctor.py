@@ -152,7 +152,7 @@ def test_a_package_that_is_there_and_does_not_load(doctor, tmp_path, monkeypatch
 def test_a_missing_shard_is_named(run_of, assets, tmp_path):
     folder = write_hollow_model(tmp_path / "7b", qwen_7b(), assets / "model", shards=3)
     (folder / "model-00002-of-00003.safetensors").unlink()
-    result = run_of(f"worker.actor.model.model_path={folder}", "trainer.save_model=false")
+    result = run_of(f"worker.actor.model.model_path={folder}", "trainer.save_model=false", "trainer.save_freq=0")
     assert_error(result, "weights", r"lacks 1 of 3 files of weights: model-00002-of-00003\.safetensors", "again")
 
 
@@ -276,6 +276,7 @@ def test_a_model_that_the_gpus_cannot_hold(run_of, assets, tmp_path):
     overrides = (
         f"worker.actor.model.model_path={folder}",
         "trainer.save_model=false",
+        "trainer.save_freq=0",
         "trainer.device=auto",
         "worker.rollout.name=vllm",
         "data.max_prompt_length=2048",
@@ -302,6 +303,7 @@ def test_the_advice_removes_the_error_that_it_was_given_for(run_of, assets, tmp_
     overrides = [
         f"worker.actor.model.model_path={folder}",
         "trainer.save_model=false",
+        "trainer.save_freq=0",
         "trainer.device=auto",
         "trainer.n_gpus_per_node=8",
         "worker.rollout.name=vllm",
@@ -327,6 +329,20 @@ def test_too_little_disk_for_the_trained_model(run_of, model):
     assert_error(
         run_of(f"worker.actor.model.model_path={model}"), "disk", "the trained model takes .* GiB", "output_dir"
     )
+
+
+def test_too_little_disk_for_the_checkpoints(run_of, assets, tmp_path, monkeypatch):
+    """7.6B parameters: 28 GiB in float32, three times as much with Adam's moments."""
+    folder = write_hollow_model(tmp_path / "7b", qwen_7b(), assets / "model")
+    monkeypatch.setattr("papo.doctor.run.disk_usage", lambda path: (200 * GIB,) * 2)
+    overrides = (f"worker.actor.model.model_path={folder}", "trainer.save_limit=2")
+    said = (
+        r"the trained model takes 3\d\.\d GiB .*, 3 checkpoints of 9\d\.\d GiB are there at a time, 200.0 GiB are free"
+    )
+    assert_error(run_of(*overrides), "disk", said, "trainer.save_limit=1")
+    for enough in ("trainer.save_freq=0", "trainer.save_model_only=true"):
+        _, report = run_of(*overrides, enough)
+        assert not [finding for finding in bad(report) if finding["topic"] == "disk"], enough
 
 
 def test_an_output_folder_that_cannot_be(run_of, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,41 +12,8 @@ import torch
 
 from tests.conftest import REPOSITORY
 from tests.fakes.readme import readme_term
+from tests.fakes.runs import REWARD, TIMINGS, command, records, start
 from verl.workers.rollout.engines import is_installed
-
-TIMINGS = ("timing_s/", "perf/")
-
-
-def command(*overrides: str) -> list[str]:
-    return [sys.executable, "-m", "verl.trainer.main", "--config-name", "quickstart", *overrides]
-
-
-def start(assets: Path, output: Path, *overrides: str, env: dict | None = None) -> subprocess.CompletedProcess[str]:
-    paths = [
-        f"data.train_files={assets / 'train.parquet'}",
-        f"data.val_files={assets / 'val.parquet'}",
-        f"worker.actor.model.model_path={assets / 'model'}",
-        f"trainer.output_dir={output}",
-    ]
-    sizes = [
-        "data.rollout_batch_size=4",
-        "worker.actor.global_batch_size=2",
-        "worker.rollout.n=3",
-        "trainer.max_steps=2",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}
-    return subprocess.run(
-        command(*paths, *sizes, *overrides),
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-
-
-def records(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +29,7 @@ def finished(assets, tmp_path_factory) -> tuple[Path, str]:
 def test_a_run_leaves_everything_it_promises(finished):
     output, log = finished
     expected = {"config.yaml", "metrics.jsonl", "samples.jsonl", "model", "curves.png", "summary.json", "tensorboard"}
+    expected.add("checkpoints")
     assert {p.name for p in output.iterdir()} == expected
     summary = json.loads((output / "summary.json").read_text())
     assert {"val_accuracy_before", "val_accuracy_after", "steps", "seconds", "seed"} <= set(summary)
@@ -123,7 +90,8 @@ def test_the_saved_model_is_an_ordinary_folder_that_has_learnt(finished, assets)
 def test_the_same_seed_gives_the_same_numbers_and_an_earlier_run_is_kept(finished, assets):
     output, _ = finished
     first = records(output / "metrics.jsonl")
-    done = start(assets, output, "worker.actor.micro_batch_size_per_device_for_update=2", "trainer.val_freq=1")
+    sizes = "worker.actor.micro_batch_size_per_device_for_update=2"
+    done = start(assets, output, sizes, "trainer.val_freq=1", "trainer.resume=never")
     assert done.returncode == 0, done.stderr[-4000:]
     again = records(output / "metrics.jsonl")
 
@@ -193,16 +161,6 @@ def test_the_same_loop_with_two_vllm_engines(assets, tmp_path):
         assert record["rollout/log_prob_diff_max"] < 1e-4 and record["rollout/mismatch_kl"] < 1e-8
         assert record["rollout/weight_version"] == step
     assert (tmp_path / "out" / "model" / "config.json").exists()
-
-
-REWARD = """
-import hashlib
-
-def score(inputs):
-    def coin(i):
-        return hashlib.md5((i["response"] + i["ground_truth"]).encode()).digest()[0] % 2
-    return [{"overall": float(coin(i)), "accuracy": float(coin(i))} for i in inputs]
-"""
 
 
 def test_papo_d_filters_groups_and_shapes_long_responses(assets, tmp_path):

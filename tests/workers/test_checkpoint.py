@@ -213,6 +213,14 @@ def test_a_checkpoint_of_another_model_is_refused_by_the_name_of_a_weight(saved,
         resumed(other, saved[0])
 
 
+def test_a_checkpoint_of_another_optimizer_is_refused(saved, model):
+    with (
+        process_group(),
+        pytest.raises(ValueError, match=r"states of the optimizer AdamW, .* is SGD \(worker.actor.opt"),
+    ):
+        load_state(os.path.join(saved[0], "actor"), build_actor(model).step, 0)
+
+
 def _onto_a_full_disk(rank: int, model: Path, batch, root: Path):
     """Two ranks save, then again where only rank 1 may write no large file; returns why, and what is left."""
     actor = adam_actor(model)

@@ -15,6 +15,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 READ_BYTES = 2**24
 READERS = 4
+PLAIN = (dict, list, tuple, str, bytes, int, float, bool, type(None), torch.Tensor)
 
 
 class BrokenCheckpoint(ValueError):
@@ -86,6 +87,8 @@ def read_manifest(folder: str) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise BrokenCheckpoint(f"{path} has format {found}, this version reads {FORMAT}")
+    if not isinstance(manifest.get("files"), dict):
+        raise BrokenCheckpoint(f"{path} lists no files")
     return manifest
 
 
@@ -108,6 +111,21 @@ def verify(folder: str, below: str = "") -> dict[str, Any]:
             if value != entry["crc32"]:
                 raise BrokenCheckpoint(f"{os.path.join(folder, name)} is damaged: its checksum is another than saved")
     return manifest
+
+
+def save_plain(path: str, value: Any) -> None:
+    """torch.save for what `load_plain` takes back. Raises TypeError, naming the place, for anything else."""
+    _check_plain(value, os.path.basename(path))
+    torch.save(value, path)
+
+
+def _check_plain(value: Any, where: str) -> None:
+    if isinstance(value, (dict, list, tuple)) and type(value) in PLAIN:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            _check_plain(inner, f"{where}[{key!r}]")
+    elif type(value) not in PLAIN:
+        raise TypeError(f"{where} is of type {type(value).__name__}: a checkpoint holds tensors and plain values")
 
 
 def load_plain(path: str) -> Any:

@@ -144,8 +144,8 @@ def read_tensors(folder: str, tensors: Mapping[str, torch.Tensor], alone: bool =
 
 
 def load_full_model(folder: str) -> dict[str, torch.Tensor]:
-    """All weights of a checkpoint's `actor` folder on CPU, under their Hugging Face names, in the dtype they were
-    saved in; a tied weight once. For one process without a process group.
+    """All weights of a checkpoint's `actor` folder on CPU, under the names of the transformers model's state dict, in
+    the dtype they were saved in; a tied weight once, under its first name. For one process without a process group.
 
     Raises BrokenCheckpoint where a file is missing or damaged.
     """

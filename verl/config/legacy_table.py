@@ -12,7 +12,6 @@ from verl.config.legacy_rule import Changes, Old, Rule, choice, no_effect, only,
 
 STORED = "what weights are kept in follows from worker.actor.optim.strategy, and a reference's from its compute dtype"
 OFFLOAD_KEYS = ("fsdp.enable_cpu_offload", "offload.offload_params", "offload.offload_optimizer")
-SAVED_ONCE = "this version saves the model once, at the end (trainer.save_model)"
 UNLIMITED = 1_000_000  # generations for a step; a run that needs so many never ends anyway
 
 
@@ -42,6 +41,13 @@ def _critic(given: Mapping[str, Any]) -> Changes:
             here = f"worker.critic.{known[key]}"
             changes[here] = changes.get(here) or own  # one switch here where upstream has two
     return changes
+
+
+def _resume(old: Old) -> Changes:
+    """Checkpoints in upstream's own format are another matter: they are refused when they are opened, by name."""
+    if old["trainer.load_checkpoint_path"]:
+        return {"trainer.resume": old["trainer.load_checkpoint_path"]}
+    return {"trainer.resume": "auto" if old["trainer.find_last_checkpoint"] else "never"}
 
 
 def _reference_kl(old: Old) -> Changes:
@@ -301,10 +307,10 @@ TRAINER = [
     same("trainer.val_before_train", True),
     same("trainer.val_only", False),
     same("trainer.val_generations_to_log", 0),
-    no_effect("trainer.save_freq", -1, SAVED_ONCE),
-    no_effect("trainer.save_limit", -1, SAVED_ONCE),
-    no_effect("trainer.save_model_only", False, SAVED_ONCE),
-    no_effect("trainer.save_best_checkpoint", False, SAVED_ONCE),
+    renamed("trainer.save_freq", "trainer.save_freq", -1, lambda steps: max(steps, 0)),
+    renamed("trainer.save_limit", "trainer.save_limit", -1, lambda number: max(number, 0)),
+    same("trainer.save_model_only", False),
+    renamed("trainer.save_best_checkpoint", "trainer.save_best", False, lambda best: "val/reward" if best else None),
     Rule(
         {"trainer.save_checkpoint_path": None},
         lambda old: (
@@ -312,8 +318,7 @@ TRAINER = [
         ),
         "a run's folder is trainer.output_dir",
     ),
-    only("trainer.load_checkpoint_path", None, (None,), "give a saved model as worker.actor.model.model_path"),
-    no_effect("trainer.find_last_checkpoint", True, "a run begins anew; model_path can name a saved model"),
+    Rule({"trainer.load_checkpoint_path": None, "trainer.find_last_checkpoint": True}, _resume),
 ]
 
 OTHER = [

@@ -27,6 +27,13 @@ class TrainerConfig:
     to samples.jsonl. `logger` lists trackers: console, jsonl, tensorboard, wandb, mlflow, swanlab, or a plugin's;
     those that can show pictures get `val_generations_to_log` responses of each validation, one per prompt, with the
     prompt's images as they are and under each view.
+
+    A checkpoint is saved every `save_freq` steps and after the last (0: never); the newest `save_limit` are kept (0:
+    all). `save_best` names a metric of validation, such as val/accuracy: a step with the highest so far is saved too,
+    and kept. `save_model_only` leaves the optimizer out: such a checkpoint can be exported and not resumed.
+    With `async_save` training goes on from a copy on the CPU while a checkpoint is written.
+    `resume` is `auto` (go on from the newest whole checkpoint in `output_dir`, where there is one), `never`, or the
+    path of a checkpoint.
     """
 
     project_name: str = "papo"
@@ -48,4 +55,10 @@ class TrainerConfig:
     samples_per_step: int = 4
     val_generations_to_log: int = 4
     save_model: bool = True
+    save_freq: int = 10
+    save_limit: int = 2
+    save_best: str | None = None
+    save_model_only: bool = False
+    async_save: bool = False
+    resume: str = "auto"
     logger: list[str] = field(default_factory=lambda: ["console", "jsonl"])

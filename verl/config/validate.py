@@ -87,9 +87,10 @@ def _check_values(config: Config) -> None:
         raise ValueError(f"trainer.critic_warmup={trainer.critic_warmup}: 0 or more steps")
     if trainer.val_freq < 0:
         raise ValueError(f"trainer.val_freq={trainer.val_freq}: 0 (only before and after) or more is needed")
-    for key in ("samples_per_step", "val_generations_to_log"):
+    for key, none in (("samples_per_step", "none"), ("val_generations_to_log", "none"), ("save_freq", "never")):
         if getattr(trainer, key) < 0:
-            raise ValueError(f"trainer.{key}={getattr(trainer, key)}: 0 (none) or more is needed")
+            raise ValueError(f"trainer.{key}={getattr(trainer, key)}: 0 ({none}) or more is needed")
+    _check_saving(config)
     if config.data.train_files is None and not trainer.val_only:
         raise ValueError("data.train_files is not set: it names what to train on (or set trainer.val_only=true)")
     if config.data.val_files is None and trainer.val_only:
@@ -109,6 +110,25 @@ def _check_optimizers(config: Config) -> None:
                 f"worker.{role}.optim.strategy=adamw_bf16 keeps weights in bfloat16, which worker.{role}.fsdp."
                 "compute_dtype=float32 cannot make finer: use auto or bfloat16, or strategy=adamw"
             )
+
+
+def _check_saving(config: Config) -> None:
+    trainer = config.trainer
+    if trainer.save_limit < 0:
+        raise ValueError(f"trainer.save_limit={trainer.save_limit}: 0 (keep all) or more is needed")
+    if trainer.save_best is not None and not trainer.save_best.startswith("val/"):
+        raise ValueError(
+            f"trainer.save_best='{trainer.save_best}': a metric of validation is needed, such as val/accuracy"
+        )
+    if trainer.save_best is not None and not (trainer.val_freq or trainer.val_after_train):
+        raise ValueError(
+            f"trainer.save_best={trainer.save_best} needs validation: set trainer.val_freq, or leave it out"
+        )
+    if trainer.val_only and trainer.resume not in ("auto", "never"):
+        raise ValueError(
+            f"trainer.resume={trainer.resume} with trainer.val_only=true: to validate a checkpoint, export it and "
+            "give the folder as worker.actor.model.model_path"
+        )
 
 
 def _check_rollout(config: Config) -> None:

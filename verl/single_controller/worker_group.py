@@ -9,6 +9,7 @@ import ray
 from ray.util.placement_group import PlacementGroup
 
 from verl.algorithms.losses.value import explained_variance
+from verl.checkpoint.files import FileEntry
 from verl.config.config import Config
 from verl.metrics.bag import MetricBag
 from verl.protocol import DataProto
@@ -38,6 +39,23 @@ class WorkerGroup:
         """Make the ranks one process group."""
         host, port = ray.get(self.workers[0].open_store.remote())
         self.on_all(self.worker_class.join, host, port)
+
+    def start_save(self, folder: str, optimizer: bool, background: bool) -> None:
+        """Begin to write all ranks' parts of a checkpoint into `folder` (see ModelWorker.start_save)."""
+        self.on_all(ModelWorker.start_save, folder, optimizer, background)
+
+    def save_is_done(self) -> bool:
+        return all(self.on_all(ModelWorker.save_is_done))
+
+    def finish_save(self) -> tuple[dict[str, FileEntry], list[str]]:
+        """Wait for the end; returns the files of all ranks, and what kept ranks from writing theirs."""
+        found = self.on_all(ModelWorker.finish_save)
+        files = {name: entry for part in found if isinstance(part, dict) for name, entry in part.items()}
+        return files, list(dict.fromkeys(part for part in found if isinstance(part, str)))
+
+    def load_state(self, folder: str) -> None:
+        """Go on from what a group of this role, of any number of ranks, has written into `folder`."""
+        self.on_all(ModelWorker.load_state, folder)
 
     def on_all(self, method: Callable, *args: Any) -> list[Any]:
         """Call `method` with the same arguments on every rank; returns their results by rank."""

@@ -12,12 +12,14 @@ import sys
 
 from omegaconf import OmegaConf
 
+from verl.checkpoint.tensors import SaveFailed
 from verl.config.compose import CONFIG_DIR, compose_config, presets
 from verl.config.config import Config
 from verl.config.legacy import MARK, compose_legacy, translate_overrides
 from verl.single_controller.preflight import ClusterError
 from verl.trainer.plan import make_plan
 from verl.trainer.ray_trainer import RayTrainer
+from verl.trainer.resume import ResumeError
 from verl.utils.process import LOG_FORMAT, quiet_libraries
 
 logger = logging.getLogger("verl")
@@ -40,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     try:
         summary = trainer.fit()
-    except (ClusterError, ConnectionError) as error:
+    except (ClusterError, ConnectionError, ResumeError, SaveFailed) as error:
         sys.exit(f"error: {error}")
     for line in describe(summary, trainer.run_dir.path):
         logger.info(line)
@@ -84,7 +86,8 @@ def describe(summary: dict[str, float], run_dir: str) -> list[str]:
     for name, form in (("val_accuracy", ".1%"), ("val_reward", ".4f")):  # of a run that only validates
         if name in summary:
             lines.append(f"{name.replace('val_', 'validation ')}: {summary[name]:{form}}")
-    names = ("summary.json", "curves.png", "metrics.jsonl", "samples.jsonl", "events.jsonl", "config.yaml", "model")
+    names = ("summary.json", "curves.png", "metrics.jsonl", "samples.jsonl", "events.jsonl", "config.yaml")
+    names += ("model", "checkpoints")
     found = [os.path.relpath(os.path.join(run_dir, n)) for n in names if os.path.exists(os.path.join(run_dir, n))]
     return [*lines, *(f"  {path}" for path in found)]
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-import time
-from collections.abc import Iterator
 
 import ray
 from tqdm import tqdm
@@ -13,17 +10,21 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from verl.algorithms.losses.compose import build_terms
 from verl.algorithms.rewards import RewardKL
+from verl.config.algorithm import WatchdogAction
 from verl.data.thumbnails import views_to_show
-from verl.protocol import DataProto
 from verl.single_controller.resources import start_ray
 from verl.tracking import Trackers
+from verl.trainer.checkpointer import Checkpointer
 from verl.trainer.collect import Collector
 from verl.trainer.plan import Plan
+from verl.trainer.progress import Driver, Progress
+from verl.trainer.prompts import PromptStream
+from verl.trainer.resume import checkpoints_of, find_resume_point, restore, set_aside_later
 from verl.trainer.run import Run
 from verl.trainer.run_dir import RunDir
 from verl.trainer.step import run_step
 from verl.trainer.validation import validate
-from verl.trainer.watchdog import Verdict, Watchdog
+from verl.trainer.watchdog import Watchdog
 from verl.trainer.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -35,15 +36,26 @@ class RayTrainer:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.trainer = plan.config.trainer
-        self.run_dir = RunDir(plan.config)
-        self.trackers = Trackers(self.run_dir.path, plan.config)
+        self.point = find_resume_point(plan.config)
+        self.run_dir = RunDir(plan.config, self.point.step if self.point and self.point.own else None)
+        self.complete = self._summary_of_complete_run()
+        self.trackers = None if self.complete else Trackers(self.run_dir.path, plan.config)
         views = plan.config.algorithm.views
-        self.shown = self.trainer.val_generations_to_log if self.trackers.show_generations else 0
+        shows = self.trackers is not None and self.trackers.show_generations
+        self.shown = self.trainer.val_generations_to_log if shows else 0
         self.shown_views = views_to_show({v: views[v] for v in plan.requirements.views}) if self.shown else {}
 
     def fit(self) -> dict[str, float]:
-        """Train, or only validate; returns what summary.json holds."""
-        started, succeeded = time.perf_counter(), False
+        """Train, or only validate; returns what summary.json holds.
+
+        Raises SaveFailed where the last checkpoint could not be saved, ResumeError where the first one does not fit.
+        """
+        if self.complete:
+            logger.info("%s is complete: trainer.max_steps=N goes on to step N", self.run_dir.path)
+            return self.complete
+        if self.point is not None:
+            set_aside_later(self.point, self.plan.config)
+        succeeded = False
         try:
             plan = self.plan
             start_ray(plan.layout, self.trainer.nnodes)
@@ -53,63 +65,92 @@ class RayTrainer:
                 plan.config, plan.sizes, plan.requirements, plan.vision, workers, plan.total_steps, reward_kl
             )
             with logging_redirect_tqdm():
-                validations = self._validate_only() if self.trainer.val_only else self._train()
-            if self.trainer.save_model and not self.trainer.val_only:
-                workers.actor.save_huggingface(self.run_dir.file("model"))
+                found = self._validate_only() if self.trainer.val_only else self._train()
             succeeded = True
         finally:
             self.trackers.close(succeeded)
             ray.shutdown()
             self.run_dir.draw_curves()
-        summary = {
-            "steps": validations.pop("steps", plan.total_steps),
-            "seconds": round(time.perf_counter() - started, 1),
-            "seed": self.trainer.seed,
-            **validations,
-        }
+        summary = {"steps": found.step, "seconds": round(found.total_seconds(), 1), "seed": self.trainer.seed}
+        summary |= found.validations
         self.run_dir.write_summary(summary)
         return summary
 
-    def _train(self) -> dict[str, float]:
-        """All steps; returns val_accuracy_before and val_accuracy_after (and the same of the reward), as measured."""
-        validations = {}
-        if self.trainer.val_before_train:
+    def _summary_of_complete_run(self) -> dict[str, float] | None:
+        """That of this very run, where there is nothing left to do."""
+        if self.point is None or not self.point.own:
+            return None
+        halted = self.point.state["stopped"] and self.plan.config.algorithm.watchdog.action == WatchdogAction.stop
+        if halted or self.point.step >= self.plan.total_steps:
+            return self.run_dir.read_summary()
+        self.run_dir.remove_summary()
+        return None
+
+    def _train(self) -> Progress:
+        """All steps that are left, and the model as a Hugging Face folder."""
+        driver = self._driver()
+        progress, keeper = driver.progress, Checkpointer(checkpoints_of(self.plan.config), driver)
+        left = range(progress.step + 1, self.plan.total_steps + 1)
+        bar = tqdm(
+            left, initial=progress.step, total=self.plan.total_steps, desc="training", unit="step", smoothing=0.1
+        )
+        try:
+            for step in bar:
+                if progress.stopped:
+                    break
+                self._step(driver, step, keeper)
+            if self.trainer.save_model:
+                self.run.workers.actor.save_huggingface(self.run_dir.file("model"))
+        except Exception:
+            keeper.rescue()
+            raise
+        keeper.close()
+        return progress
+
+    def _driver(self) -> Driver:
+        """All parts as they are before the first step, or as they were when the checkpoint was saved."""
+        algorithm = self.plan.config.algorithm
+        prompts = PromptStream(self.plan.train_loader)
+        watchdog = Watchdog(algorithm.watchdog, build_terms(algorithm.terms))
+        driver = Driver(self.run, Progress(), prompts, Collector(self.run, prompts), watchdog)
+        if self.point is not None:
+            restore(self.point, driver)
+            if algorithm.watchdog.action != WatchdogAction.stop:
+                driver.progress.stopped = False
+        elif self.trainer.val_before_train:
             metrics = self._validate(0)
             self.trackers.log(0, metrics)
-            validations |= _for_summary(metrics, "before")
-        collector = Collector(self.run, self._prompts())
-        algorithm = self.plan.config.algorithm
-        watchdog, verdict = Watchdog(algorithm.watchdog, build_terms(algorithm.terms)), Verdict()
-        for step in tqdm(range(1, self.plan.total_steps + 1), desc="training", unit="step", smoothing=0.1):
-            result = run_step(self.run, collector, step, verdict.scale)
-            self.run_dir.add_samples(step, "train", result.samples)
-            verdict = watchdog.observe(step, result.metrics)
-            self.run_dir.add_events(verdict.events)
-            last = step == self.plan.total_steps or verdict.stop
-            due = self.trainer.val_freq and step % self.trainer.val_freq == 0
-            if (last and self.trainer.val_after_train) or (due and not last):
-                result.metrics.update(self._validate(step))
-            self.trackers.log(step, result.metrics)
-            if verdict.stop:
-                logger.warning("the watchdog has stopped the run after step %d", step)
-                validations["steps"] = step
-                break
-        if self.trainer.val_after_train:
-            validations |= _for_summary(result.metrics, "after")
-        return validations
+            driver.progress.validations |= _for_summary(metrics, "before")
+        return driver
 
-    def _validate_only(self) -> dict[str, float]:
+    def _step(self, driver: Driver, step: int, keeper: Checkpointer) -> None:
+        """One step, and what follows from it: events, validation, records, a checkpoint."""
+        progress = driver.progress
+        result = run_step(self.run, driver.collector, step, driver.watchdog.scale)
+        self.run_dir.add_samples(step, "train", result.samples)
+        verdict = driver.watchdog.observe(step, result.metrics)
+        self.run_dir.add_events(verdict.events)
+        progress.step, progress.stopped = step, verdict.stop
+        last = step == self.plan.total_steps or verdict.stop
+        due = self.trainer.val_freq and step % self.trainer.val_freq == 0
+        if (last and self.trainer.val_after_train) or (due and not last):
+            result.metrics.update(self._validate(step))
+        best = progress.is_best(self.trainer.save_best, result.metrics)
+        if last and self.trainer.val_after_train:
+            progress.validations |= _for_summary(result.metrics, "after")
+        self.trackers.log(step, result.metrics)
+        if verdict.stop:
+            logger.warning("the watchdog has stopped the run after step %d", step)
+        if best or (self.trainer.save_freq and (last or step % self.trainer.save_freq == 0)):
+            self.run_dir.sync()
+            keeper.save()
+        else:
+            keeper.poll()
+
+    def _validate_only(self) -> Progress:
         metrics = self._validate(0)
         self.trackers.log(0, metrics)
-        return _for_summary(metrics)
-
-    def _prompts(self) -> Iterator[tuple[int, DataProto]]:
-        """(epoch, prompts), epoch after epoch without end."""
-        loader = self.plan.train_loader
-        for epoch in itertools.count():
-            loader.sampler.set_epoch(epoch)
-            for prompts in loader:
-                yield epoch, prompts
+        return Progress(validations=_for_summary(metrics))
 
     def _validate(self, step: int) -> dict[str, float]:
         found = validate(self.run, self.plan.val_loader, self.shown_views, self.shown)

@@ -5,26 +5,35 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import shutil
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from verl.checkpoint.files import sync
 from verl.config.config import Config
 from verl.tracking.curves import draw_curves
 from verl.utils.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
+RECORDS = ("metrics.jsonl", "samples.jsonl", "events.jsonl")
+UNFINISHED = re.compile(r".+\.(tmp|old)\d+")
+
 
 class RunDir:
-    """`trainer.output_dir`. An earlier run found there is moved aside, never mixed into or overwritten.
+    """`trainer.output_dir`. An earlier run found there is moved aside, never mixed into or overwritten, unless this is
+    the same run, which goes on after `resumed_step`: then its records of later steps are cut off.
 
     Raises ValueError for a folder that holds anything else.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, resumed_step: int | None = None) -> None:
         self.path = os.path.abspath(config.trainer.output_dir)
-        if os.path.exists(self.path) and (not os.path.isdir(self.path) or os.listdir(self.path)):
+        if resumed_step is not None:
+            self._go_on_after(resumed_step)
+        elif os.path.exists(self.path) and (not os.path.isdir(self.path) or os.listdir(self.path)):
             if not os.path.isfile(self.file("config.yaml")):
                 raise ValueError(f"trainer.output_dir='{self.path}' holds files that are not a run's: name another")
             aside = _free_name(self.path)
@@ -33,6 +42,22 @@ class RunDir:
         os.makedirs(self.path, exist_ok=True)
         with atomic_path(self.file("config.yaml")) as temporary:
             OmegaConf.save(OmegaConf.structured(config), temporary)
+
+    def _go_on_after(self, step: int) -> None:
+        for name in sorted(os.listdir(self.path)):
+            if UNFINISHED.fullmatch(name):
+                path = self.file(name)
+                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+                logger.info("removed %s, which a write that was cut short had left", path)
+        for name in RECORDS:
+            if os.path.exists(self.file(name)):
+                cut_after(self.file(name), step)
+
+    def sync(self) -> None:
+        """Bring the records to the disk."""
+        for name in RECORDS:
+            if os.path.exists(self.file(name)):
+                sync(self.file(name))
 
     def file(self, name: str) -> str:
         return os.path.join(self.path, name)
@@ -59,9 +84,37 @@ class RunDir:
             json.dump(summary, file, indent=2)
             file.write("\n")
 
+    def read_summary(self) -> dict[str, Any] | None:
+        """summary.json; None where the run has not come to its end."""
+        if not os.path.exists(self.file("summary.json")):
+            return None
+        with open(self.file("summary.json"), encoding="utf-8") as file:
+            return json.load(file)
+
+    def remove_summary(self) -> None:
+        """Take back the end of a run that goes on."""
+        if os.path.exists(self.file("summary.json")):
+            os.remove(self.file("summary.json"))
+
     def draw_curves(self) -> None:
         if os.path.exists(self.file("metrics.jsonl")):
             draw_curves(self.file("metrics.jsonl"), self.file("curves.png"))
+
+
+def cut_after(path: str, step: int) -> None:
+    """Leave out the records of later steps, and a last line that is not whole."""
+    kept, dropped = [], 0
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+            else:
+                dropped += 1
+    if not dropped:
+        return
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(kept)
+    logger.info("%s: %d lines of steps after %d are cut off", path, dropped, step)
 
 
 def _free_name(path: str) -> str:

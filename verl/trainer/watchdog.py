@@ -69,6 +69,19 @@ class Watchdog:
         self.tracks = {signal.metric: Track(deque(maxlen=config.window)) for signal in self.signals}
         self.scale = 1.0
 
+    def state_dict(self) -> dict[str, Any]:
+        """All it has seen, as plain values."""
+        tracks = {name: {"values": list(track.values), "outside": track.outside} for name, track in self.tracks.items()}
+        return {"scale": self.scale, "tracks": tracks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned; a signal that it did not know begins anew."""
+        self.scale = state["scale"]
+        for name, track in self.tracks.items():
+            known = state["tracks"].get(name, {"values": [], "outside": 0})
+            track.values.extend(known["values"])
+            track.outside = known["outside"]
+
     def observe(self, step: int, metrics: dict[str, float]) -> Verdict:
         """What to do after `step`, from its metrics."""
         if self.config.action == WatchdogAction.off:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from verl.algorithms.losses.compose import build_terms
 from verl.algorithms.requirements import requirements_of
-from verl.checkpoint.files import FileEntry
+from verl.checkpoint.files import FileEntry, first_line
 from verl.checkpoint.tensors import SaveFailed
 from verl.config.config import Config
 from verl.config.worker import FSDPConfig, ModelConfig
@@ -24,11 +24,10 @@ from verl.models.policy import PolicyModel
 from verl.models.value import ValueModel
 from verl.protocol import DataProto
 from verl.utils.process import prepare_gloo, start_model_worker
-from verl.utils.rng import rng_state
 from verl.workers.actor.dp_actor import DataParallelActor, compute_log_probs
 from verl.workers.actor.optim import build_optimizer, build_schedule, weight_dtype
 from verl.workers.critic.dp_critic import DataParallelCritic
-from verl.workers.fsdp.checkpoint import StateWriter, counts, load_state, model_tensors, optimizer_tensors
+from verl.workers.fsdp.checkpoint import StateWriter, load_state, model_tensors, optimizer_tensors, plain_state
 from verl.workers.fsdp.export import save_description, save_huggingface
 from verl.workers.fsdp.wrap import build_sharded, whole
 from verl.workers.guarded_step import GuardedStep
@@ -82,10 +81,9 @@ class ModelWorker:
         written from a copy while training goes on."""
         step = self.training()
         tensors = model_tensors(step.model) | (optimizer_tensors(step) if optimizer else {})
-        plain = {**counts(step), "rng": rng_state()}
         if self.writer is None:
             self.writer = StateWriter()
-        self.writer.start(folder, tensors, plain, self.describe, background)
+        self.writer.start(folder, tensors, plain_state(step), self.describe, background)
 
     def save_is_done(self) -> bool:
         return self.writer is None or self.writer.done()
@@ -94,8 +92,10 @@ class ModelWorker:
         """Wait for the end of a save; returns this rank's files in the role's folder, or why there are none."""
         try:
             return self.writer.finish()
-        except (SaveFailed, OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+        except SaveFailed as error:
             return str(error)
+        except Exception as error:  # torch and tokenizers raise errors of their own where a disk is full
+            return f"rank {self.rank}: {first_line(error)}"
 
     def load_state(self, folder: str) -> None:
         """Go on from a checkpoint's folder of this role; all ranks call this together."""

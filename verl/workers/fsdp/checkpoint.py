@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from verl.checkpoint.files import FileEntry, files_in, load_plain, seal
+from verl.checkpoint.files import FileEntry, files_in, load_plain, save_plain, seal
 from verl.checkpoint.tensors import INDEX, MODEL, OPTIMIZER, Saved, read_tensors, saved_tensors, write_tensors
-from verl.utils.rng import set_rng_state
+from verl.utils.rng import rng_state, set_rng_state
 from verl.workers.guarded_step import GuardedStep
 
 logger = logging.getLogger(__name__)
@@ -44,9 +44,15 @@ def optimizer_tensors(step: GuardedStep) -> dict[str, torch.Tensor]:
     return found
 
 
-def counts(step: GuardedStep) -> dict[str, int]:
-    """How many updates there have been (the schedule's position) and how many of the last were skipped."""
-    return {"updates": step.schedule.last_epoch, "skipped_in_a_row": step.skipped_in_a_row}
+def plain_state(step: GuardedStep) -> dict[str, Any]:
+    """What is no tensor of the model: how many updates there have been (the schedule's position), how many of the last
+    were skipped, the kind of optimizer, and this rank's random numbers."""
+    return {
+        "updates": step.schedule.last_epoch,
+        "skipped_in_a_row": step.skipped_in_a_row,
+        "optimizer": type(step.optimizer).__name__,
+        "rng": rng_state(),
+    }
 
 
 class StateWriter:
@@ -96,7 +102,7 @@ class StateWriter:
         rank = dist.get_rank()
         write_tensors(folder, tensors, self.group)  # first: here all ranks learn of each other's failure
         own = f"rank_{rank}.pt"
-        torch.save(plain, os.path.join(folder, own))
+        save_plain(os.path.join(folder, own), plain)
         if rank == 0 and describe is not None:
             describe(folder)
         # Files of other ranks begin with __r_ or are being written now.
@@ -114,9 +120,16 @@ def load_state(folder: str, step: GuardedStep, rank: int) -> None:
 
     Raises ValueError for a checkpoint of another model or optimizer, and BrokenCheckpoint for a broken one.
     """
+    own = os.path.join(folder, f"rank_{rank}.pt")
+    known = load_plain(own if os.path.isfile(own) else os.path.join(folder, "rank_0.pt"))
+    if known["optimizer"] != type(step.optimizer).__name__:
+        raise ValueError(
+            f"{folder} has states of the optimizer {known['optimizer']}, and this run's is "
+            f"{type(step.optimizer).__name__} (worker.{step.role}.optim): begin anew with trainer.resume=never"
+        )
     saved = saved_tensors(folder)
     targets = model_tensors(step.model)
-    _check_model(folder, saved, targets)
+    _check_model(folder, step.role, saved, targets)
     states = _empty_states(folder, saved, step)
     for parameter_name, state in states.items():
         targets |= {f"{OPTIMIZER}{key}.{parameter_name}": value for key, value in state.items()}
@@ -124,8 +137,6 @@ def load_state(folder: str, step: GuardedStep, rank: int) -> None:
     parameters = dict(step.model.named_parameters())
     for name, state in states.items():
         step.optimizer.state[parameters[name]] = state
-    own = os.path.join(folder, f"rank_{rank}.pt")
-    known = load_plain(own if os.path.isfile(own) else os.path.join(folder, "rank_0.pt"))
     step.skipped_in_a_row = known["skipped_in_a_row"]
     set_updates(step, known["updates"])
     if os.path.isfile(own):
@@ -142,18 +153,18 @@ def set_updates(step: GuardedStep, updates: int) -> None:
     schedule._last_lr = rates
 
 
-def _check_model(folder: str, saved: Mapping[str, Saved], targets: Mapping[str, torch.Tensor]) -> None:
+def _check_model(folder: str, role: str, saved: Mapping[str, Saved], targets: Mapping[str, torch.Tensor]) -> None:
     """Raise ValueError, naming a weight, where the checkpoint is of another model."""
     weights = {name for name in saved if name.startswith(MODEL)}
     if different := sorted(weights ^ targets.keys()):
         where = "the checkpoint lacks" if different[0] in targets else "this run's model lacks"
-        raise ValueError(f"{folder} is of another model (worker.*.model.model_path): {where} '{different[0]}'")
+        raise ValueError(f"{folder} is of another model (worker.{role}.model.model_path): {where} '{different[0]}'")
     for name, target in targets.items():
         found = (tuple(saved[name].shape), saved[name].dtype)
         if found != (tuple(target.shape), target.dtype):
             raise ValueError(
-                f"{folder} is of another model (worker.*.model.model_path): '{name}' is {found[0]} {found[1]} there, "
-                f"{tuple(target.shape)} {target.dtype} in this run"
+                f"{folder} is of another model (worker.{role}.model.model_path): '{name}' is {found[0]} {found[1]} "
+                f"there, {tuple(target.shape)} {target.dtype} in this run"
             )
 
 

@@ -56,7 +56,8 @@ class RewardManager:
             raise ValueError(f"the reward function {self.name} returned {count} for {len(inputs)} inputs")
         for reward_input, score in zip(inputs, scores, strict=True):
             self._check(reward_input, score, set(scores[0]) if isinstance(scores[0], dict) else set())
-        return scores
+        # Scores of responses that wait are part of a checkpoint, and numpy's floats are no plain ones.
+        return [{name: float(v) if isinstance(v, float) else v for name, v in score.items()} for score in scores]
 
     def _check(self, reward_input: RewardInput, score: Any, keys: set[str]) -> None:
         problem = None
