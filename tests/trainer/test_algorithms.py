@@ -33,7 +33,7 @@ import os
 REWARD_TYPE = "sequential"
 
 def compute_score(reward_input):
-    number = sum(map(ord, reward_input["response"]))
+    number = sum(map(ord, reward_input["response"])) + int(reward_input["uid"].rpartition(":")[2])
     if number % 18 == 0:
         os._exit(1)
     if number % 6 == 0:
@@ -127,7 +127,8 @@ def test_two_steps(built, assets, name):
         assert last["train/vppo/dependency"] > 0 and 0.3 < last["train/vppo/chosen_fraction"] < 0.6
     failures = [json.loads(line) for line in (reward.parent / "out/reward_failures.jsonl").read_text().splitlines()]
     assert {failure["reason"] for failure in failures} <= {"died", "raised"}
-    assert all(sum(map(ord, failure["response"])) % 6 == 0 and failure["uid"] for failure in failures)
+    for failure in failures:
+        assert (sum(map(ord, failure["response"])) + int(failure["uid"].rpartition(":")[2])) % 6 == 0
     critic = {"critic/vf_loss", "critic/explained_variance"}
     assert critic & last.keys() == (critic if name == "ppo" else set())
 
