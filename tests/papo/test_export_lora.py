@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from papo.cli import main
@@ -15,6 +16,8 @@ from papo.export.merger import main as merge
 from tests.fakes.actors import process_group
 from verl.checkpoint.folder import CheckpointFolder
 from verl.checkpoint.tensors import write_tensors
+from verl.config.worker import LoRAConfig
+from verl.models.lora import add_adapter
 from verl.models.policy import PolicyModel
 from verl.workers.fsdp.checkpoint import model_tensors
 
@@ -26,8 +29,8 @@ def run(assets, tmp_path_factory) -> tuple[Path, torch.Tensor]:
     """(a run's folder, the logits of the model with its adapter)"""
     torch.manual_seed(0)
     inner = AutoModelForImageTextToText.from_pretrained(assets / "model")
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "down_proj"])
-    inject_adapter_in_model(config, inner)
+    lora = LoRAConfig(rank=RANK, alpha=ALPHA, target_modules=["q_proj", "down_proj"])
+    add_adapter(inner, lora, "org/base", torch.float32)
     for name, weight in inner.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(weight, std=0.3)
@@ -39,9 +42,11 @@ def run(assets, tmp_path_factory) -> tuple[Path, torch.Tensor]:
     AutoProcessor.from_pretrained(assets / "model").save_pretrained(actor / "huggingface")
     with process_group():
         write_tensors(str(actor), model_tensors(PolicyModel(inner, [], 8)))
-    lora = {"rank": RANK, "alpha": ALPHA}
     algorithm = {"adv_estimator": "grpo", "terms": {"policy": {"kind": "policy", "coef": 1.0}}, "views": {}}
-    settings = {"worker": {"actor": {"model": {"model_path": "org/base", "lora": lora}}}, "algorithm": algorithm}
+    settings = {
+        "worker": {"actor": {"model": {"model_path": "org/base", "lora": asdict(lora)}}},
+        "algorithm": algorithm,
+    }
     folder.commit(3, {"step": 3, "world_size": 1, "config": settings}, {})
     return path, logits(inner)
 

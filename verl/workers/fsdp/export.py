@@ -84,14 +84,11 @@ def save_huggingface(policy: PolicyModel, model: ModelConfig, path: str) -> None
 
 
 def save_description(policy: PolicyModel, model: ModelConfig, folder: str) -> None:
-    """Write all of a Hugging Face folder but its weights: config, processor, sampling defaults, and with LoRA the
-    adapter's config in the sub-folder `adapter`."""
+    """Write all of a Hugging Face folder but its weights: config, processor, sampling defaults."""
     policy.inner.config.save_pretrained(folder)
     if policy.inner.generation_config is not None:
         policy.inner.generation_config.save_pretrained(folder)
     save_processor(model, folder)
-    if model.lora.rank:
-        policy.inner.peft_config[ADAPTER].save_pretrained(os.path.join(folder, ADAPTER_FOLDER))
 
 
 def save_processor(model: ModelConfig, folder: str) -> None:
