@@ -69,7 +69,7 @@ def test_mistakes_end_in_one_line(image, arguments, named):
 
 def test_a_file_that_is_no_picture_and_a_flag_that_is_none(tmp_path, capsys):
     (tmp_path / "a.png").write_text("no picture")
-    with pytest.raises(SystemExit, match="cannot be decoded"):
+    with pytest.raises(SystemExit, match="cannot be read"):
         main(["mask", str(tmp_path / "a.png")])
     with pytest.raises(SystemExit, match="no image file"):
         main(["mask", str(tmp_path / "b.png")])
