@@ -20,6 +20,7 @@ from verl.data.views import encode_view, image_seeds
 from verl.data.vision import VisionProcessor
 from verl.protocol import DataProto
 from verl.trainer.validation import generation_rows
+from verl.workers.reward.base import Outcome
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +61,11 @@ def test_rows_for_a_table_have_texts_scores_and_pictures_where_there_are_some(vi
     objects = {"uid": ["a:0", "a:1", "a:2"], "problem": ["p0", "p1", "p2"], "images": [[picture(56, 28)], [], []]}
     prompts = DataProto.from_dict({}, objects)
     inputs = [{"response": f"r{i}", "response_length": 2, "ground_truth": f"{i}"} for i in range(3)]
-    scores = [{"overall": i / 2, "accuracy": 1.0} for i in range(3)]
+    outcomes = [Outcome({"overall": i / 2, "accuracy": 1.0}, None, 0.0) for i in range(3)]
     run = SimpleNamespace(vision=vision, config=Config())
     views = {"masked": RandomPatchConfig()}
-    rows = generation_rows(run, prompts, prompts, inputs, scores, views, count=2)
+    rows = generation_rows(run, prompts, prompts, inputs, outcomes, views, count=2)
     texts = {"uid": "a:1", "prompt": "p1", "response": "r1", "answer": "1"}
     assert rows[1] == {**texts, "score/overall": 0.5, "score/accuracy": 1.0} and len(rows) == 2
     assert set(rows[0]) - set(rows[1]) == {"image", "masked"}
-    assert generation_rows(run, prompts, prompts, inputs, scores, views, count=0) == []
+    assert generation_rows(run, prompts, prompts, inputs, outcomes, views, count=0) == []

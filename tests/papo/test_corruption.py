@@ -143,11 +143,12 @@ def modes() -> dict[str, tuple[Image.Image, np.ndarray]]:
     palette.putdata(index.ravel().tolist())
     palette.putpalette(COLOURS.ravel().tolist())
     gray = GRAY[..., None].repeat(3, axis=2)
-    alpha = np.dstack([COLOURS[index], np.full_like(index, 90)])
+    clear = index == 0
+    alpha = np.dstack([COLOURS[index], np.where(clear, 0, 255).astype(np.uint8)])
     return {
         "P": (palette, COLOURS[index]),
         "L": (Image.fromarray(GRAY), gray),
-        "RGBA": (Image.fromarray(alpha), COLOURS[index]),
+        "RGBA": (Image.fromarray(alpha), np.where(clear[..., None], np.uint8(255), COLOURS[index])),
         "I;16": (Image.fromarray(GRAY.astype(np.uint16) * 257 + 60), gray),
     }
 
