@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,14 @@ def build_actor(
     fsdp = FSDPConfig(
         compute_dtype=ComputeDtype(options.pop("compute_dtype", "float32")),
         reshard_after_forward=options.pop("reshard_after_forward", True),
+        cpu_offload=options.pop("cpu_offload", False),
     )
+    dtype = options.pop("dtype", torch.float32)
     old_log_probs = options.pop("old_log_probs", OldLogProbs.auto)
     config = ActorConfig(**{"max_grad_norm": 1e9, "micro_batch_size_per_device_for_update": 100, **options})
     banned = load_special_tokens(str(model)).banned
-    policy = build_sharded(model_config, fsdp, lambda inner: PolicyModel(inner, banned, config.logits_chunk_size), CPU)
+    wrap = partial(PolicyModel, banned=banned, logits_chunk_size=config.logits_chunk_size)
+    policy = build_sharded(model_config, fsdp, wrap, CPU, dtype)
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=lr)
     built = build_terms(terms or papo_terms())
     return DataParallelActor(

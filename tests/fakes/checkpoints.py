@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch.distributed as dist
 from tests.fakes.actors import build_actor
 from verl.checkpoint.files import FileEntry
 from verl.checkpoint.folder import CheckpointFolder
-from verl.config.worker import LRSchedule, OptimConfig
+from verl.config.worker import LRSchedule, OptimConfig, OptimStrategy
 from verl.protocol import DataProto
 from verl.workers.actor.dp_actor import DataParallelActor
-from verl.workers.actor.optim import build_optimizer, build_schedule
+from verl.workers.actor.optim import build_optimizer, build_schedule, weight_dtype
 from verl.workers.fsdp.checkpoint import StateWriter, model_tensors, optimizer_tensors, plain_state
 from verl.workers.fsdp.wrap import whole
 from verl.workers.guarded_step import GuardedStep
@@ -23,10 +24,11 @@ from verl.workers.guarded_step import GuardedStep
 OPTIM = OptimConfig(lr=0.01, lr_warmup_steps=2, lr_scheduler_type=LRSchedule.cosine)
 
 
-def adam_actor(model: Path) -> DataParallelActor:
-    actor = build_actor(model)
-    actor.optimizer = build_optimizer([p for p in actor.policy.parameters() if p.requires_grad], OPTIM)
-    actor.schedule = build_schedule(actor.optimizer, OPTIM, total_updates=6)
+def adam_actor(model: Path, strategy: OptimStrategy = OptimStrategy.adamw, **options: Any) -> DataParallelActor:
+    optim = replace(OPTIM, strategy=strategy)
+    actor = build_actor(model, dtype=weight_dtype(optim), **options)
+    actor.optimizer = build_optimizer([p for p in actor.policy.parameters() if p.requires_grad], optim)
+    actor.schedule = build_schedule(actor.optimizer, optim, total_updates=6)
     actor.step = GuardedStep("actor", actor.policy, actor.optimizer, actor.schedule, 1.0, 3, actor.device)
     return actor
 

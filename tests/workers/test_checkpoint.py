@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.fakes.rollouts import make_batch
 from verl.checkpoint.files import BrokenCheckpoint, files_in, read_manifest, seal, verify, write_manifest
 from verl.checkpoint.folder import CheckpointFolder
 from verl.checkpoint.tensors import SaveFailed, load_full_model, saved_tensors
+from verl.config.worker import LoRAConfig, OptimStrategy
 from verl.protocol import DataProto
 from verl.workers.fsdp.checkpoint import load_state
 
@@ -32,10 +34,10 @@ def saved(model, batch, tmp_path_factory) -> tuple[Path, dict, dict, dict]:
     return save_on_one_rank(model, batch, tmp_path_factory.mktemp("checkpoints"))
 
 
-def save_on_one_rank(model: Path, batch: DataProto, root: Path) -> tuple[Path, dict, dict, dict]:
+def save_on_one_rank(model: Path, batch: DataProto, root: Path, **options: Any) -> tuple[Path, dict, dict, dict]:
     """A checkpoint of one rank after two updates, the state there, and the state and metrics after a third."""
     with process_group():
-        actor = adam_actor(model)
+        actor = adam_actor(model, **options)
         train(actor, batch, 2)
         path, there = save(actor, root, 2), state(actor)
         torch.rand(7)
@@ -43,8 +45,8 @@ def save_on_one_rank(model: Path, batch: DataProto, root: Path) -> tuple[Path, d
         return Path(path), there, state(actor), {**metrics, "random": torch.rand(1).item()}
 
 
-def resumed(model: Path, path: Path, rank: int = 0):
-    actor = adam_actor(model)
+def resumed(model: Path, path: Path, rank: int = 0, **options: Any):
+    actor = adam_actor(model, **options)
     load_state(os.path.join(path, "actor"), actor.step, rank)
     return actor
 
@@ -64,6 +66,35 @@ def test_one_more_update_after_a_resume_is_the_same_bit_for_bit(model, batch, sa
         assert_equal(state(actor), after)
         assert {**found, "random": torch.rand(1).item()} == metrics
     assert any(name.startswith("optimizer.exp_avg_sq.") for name in there)
+
+
+KINDS = {
+    "frozen vision tower": {"freeze_vision_tower": True},
+    "LoRA": {"lora": LoRAConfig(rank=4)},
+    "CPU offload": {"cpu_offload": True},
+    "bfloat16 compute over float32": {"compute_dtype": "bfloat16"},
+    "bfloat16 alone": {"compute_dtype": "bfloat16", "strategy": OptimStrategy.adamw_bf16},
+    "LoRA in bfloat16, offloaded": {
+        "lora": LoRAConfig(rank=4),
+        "compute_dtype": "bfloat16",
+        "strategy": OptimStrategy.adamw_bf16,
+        "cpu_offload": True,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way_to_keep_weights_and_states_goes_on_bit_for_bit(tied_model, batch, tmp_path, kind):
+    path, there, after, _ = save_on_one_rank(tied_model, batch, tmp_path, **KINDS[kind])
+    with process_group():
+        actor = resumed(tied_model, path, **KINDS[kind])
+        assert_equal(state(actor), there)
+        train(actor, batch, 1)
+        assert_equal(state(actor), after)
+    assert {name for name in after if not torch.equal(after[name], there[name])}  # it trains
+    lora = "LoRA" in kind
+    assert any(".lora_A." in name for name in there) == lora
+    assert any(name.startswith("optimizer.compensation.") for name in there) == ("strategy" in KINDS[kind])
 
 
 def _on_two_ranks(rank: int, model: Path, batch, of_one: Path, root: Path):
