@@ -64,7 +64,7 @@ def test_metrics_of_rewards_and_of_engine_against_trainer():
     outcomes = [Outcome(score, None, 0.5) for score in scores] + [Outcome(None, Failure("timeout", "late"), 2.0)]
     metrics = reward_metrics(outcomes, torch.tensor([0, 0, 1, 1, -5]))
     assert metrics["reward/failed_frac"] == metrics["reward/failed/timeout"] == pytest.approx(0.2)
-    assert metrics["reward/seconds_max"] == 2.0
+    assert metrics["timing_s/reward_slowest"] == 2.0
     assert metrics["train/reward"] == pytest.approx(0.325) and metrics["train/accuracy"] == 0.25
     assert metrics["train/groups_without_signal"] == 0.5
     batch = DataProto.from_dict(

@@ -38,7 +38,7 @@ def reward_metrics(outcomes: list[Outcome], group: torch.Tensor) -> dict[str, fl
     metrics["reward/failed_frac"] = (len(outcomes) - len(scores)) / len(outcomes)
     for reason, count in Counter(o.failure.reason for o in outcomes if o.failure).items():
         metrics[f"reward/failed/{reason}"] = count / len(outcomes)
-    metrics["reward/seconds_max"] = max(outcome.seconds for outcome in outcomes)
+    metrics["timing_s/reward_slowest"] = max(outcome.seconds for outcome in outcomes)
     return metrics
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import closing
@@ -9,6 +10,8 @@ from contextlib import closing
 from verl.config.worker import RewardConfig, RewardType
 from verl.workers.reward.base import Failure, Outcome, RewardError, RewardInput, RewardScore, cut, shown
 from verl.workers.reward.pool import GraderPool, Task
+
+logger = logging.getLogger(__name__)
 
 MAIN = "worker.reward"
 
@@ -57,6 +60,10 @@ class RewardManager:
                 outcomes.append(Outcome(None, failures[index], seconds[index]))
             else:
                 outcomes.append(Outcome(self._sum(scores[index]), None, seconds[index]))
+        slowest = max(range(len(inputs)), key=seconds.__getitem__, default=0)
+        if inputs and seconds[slowest] > self.config.timeout_s / 2:
+            text = "grading a response took %.1f s (worker.reward.timeout_s=%g):\n%s"
+            logger.warning(text, seconds[slowest], self.config.timeout_s, shown(inputs[slowest]))
         return outcomes
 
     def _tasks(self, inputs: list[RewardInput]) -> list[Task]:

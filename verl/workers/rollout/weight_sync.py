@@ -165,13 +165,25 @@ class IPCCarrier:
                 "use worker.rollout.weight_sync=collective"
             )
         if self.device.type == "cpu":
-            storage = torch.UntypedStorage._new_shared_filename_cpu(*handles[name])
+            storage = _open_shared(handles[name])
             return torch.empty(0, dtype=torch.uint8).set_(storage)[: layout.num_bytes]
         from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
         arguments = list(handles[name])
         arguments[6] = self.device.index or 0  # the GPU's number there need not be its number here
         return rebuild_cuda_tensor(*arguments)
+
+
+def _open_shared(handle: tuple) -> torch.UntypedStorage:
+    """Another process's memory. torch's manager of such memory answers within a second or not at all, and on a machine
+    that is busy it may need longer."""
+    for _ in range(4):
+        try:
+            return torch.UntypedStorage._new_shared_filename_cpu(*handle)
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+    return torch.UntypedStorage._new_shared_filename_cpu(*handle)
 
 
 def _device_name(device: torch.device) -> str:
