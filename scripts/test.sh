@@ -12,4 +12,4 @@ if [ "$(uname -s)" = Linux ]; then
 fi
 source scripts/install.sh "$engine"
 # Two files at a time: much of a run of several processes is waiting.
-python -m pytest -q -n 2 --dist loadfile --durations=10 "$@"
+python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 "$@"
