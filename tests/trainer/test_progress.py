@@ -36,6 +36,9 @@ class Seven(Dataset):
     def __getitem__(self, item: int) -> int:
         return item
 
+    def shares(self) -> list[tuple[float, list[int]]]:
+        return [(1.0, list(range(7)))]
+
 
 def stream(batch_size: int = 2, num_workers: int = 0) -> PromptStream:
     return PromptStream(train_loader(Seven(), batch_size, True, 5, num_workers, list))

@@ -106,7 +106,7 @@ def test_two_steps_a_resume_and_two_steps_are_four_steps(whole, resumed):
 def test_the_runs_above_had_a_state_to_lose(whole):
     """Between the second and the third step everything that is carried was something."""
     state = load_plain(str(whole[0] / "checkpoints/global_step_2/trainer.pt"))
-    assert state["waiting"] is not None and len(state["waiting"]["objects"]["score"]) > 0
+    assert state["waiting"] is not None and len(state["waiting"]["objects"]["outcome"]) > 0
     assert state["reward_kl_coef"] != 0.05 and state["prompts"]["drawn"] > 0
     assert state["watchdog"]["tracks"]["actor/perception_kl"]["values"]
     assert state["weight_version"] == 2 and state["best"] is None

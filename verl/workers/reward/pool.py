@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 START_LIMIT_S = 600  # a function may load a model when it is imported
 WATCH_S = 0.05  # between two looks at the clock and the memory of busy processes
+END_S = 5.0  # from a closed pipe to the end of its process; a crash may be written to disk first
 GRACE_S = 1.0  # a concurrent function ends its own calls; after this it is one that holds up its event loop
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -91,7 +92,7 @@ class GraderProcess:
     def death(self) -> str:
         """How it ended, in words, once its pipe is closed."""
         try:
-            code = self.process.wait(timeout=WATCH_S)
+            code = self.process.wait(timeout=END_S)
         except subprocess.TimeoutExpired:
             return "its process closed the pipe"
         return f"its process died of {signal.Signals(-code).name}" if code < 0 else f"its process exited with {code}"
