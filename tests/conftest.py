@@ -12,12 +12,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole runs first: where tests run side by side, what takes long must not begin last."""
-    order = ("trainer", "workers", "models")
-    items.sort(key=lambda item: order.index(name) if (name := item.path.parent.name) in order else len(order))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _session() -> None:
     from verl.plugins import load_plugins
