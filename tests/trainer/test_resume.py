@@ -95,6 +95,8 @@ def test_two_steps_a_resume_and_two_steps_are_four_steps(whole, resumed):
     states = [load_plain(str(path / "trainer.pt")) for path in (of_two, of_one)]
     for state in states:
         assert state.pop("seconds") > 0
+        for outcome in state["waiting"]["objects"]["outcome"] if state["waiting"] else ():
+            assert outcome.pop("seconds") > 0
     assert same(*states)
     assert (two / "model/model.safetensors").read_bytes() == (one / "model/model.safetensors").read_bytes()
     summaries = [json.loads((path / "summary.json").read_text()) for path in (two, one)]
