@@ -159,6 +159,7 @@ class RayTrainer:
         interrupts.begin_step()
         try:
             result = run_step(self.run, driver.collector, step, driver.watchdog.scale, interrupts.begin_update)
+            interrupts.begin_update()  # a step without rows has not come to it
         except KeyboardInterrupt:
             self._end(keeper, interrupts, before)
         self.run_dir.add_samples(step, "train", result.samples)
