@@ -9,6 +9,7 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, several at once
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -73,10 +74,13 @@ def ray_cluster():
     """Ray on this machine, for the tests of one file."""
     import ray
 
+    from tests.fakes.warm import ray_uses_it
     from verl.config.trainer import Device, TrainerConfig
     from verl.config.worker import RolloutConfig
     from verl.single_controller.resources import plan_layout, start_ray
 
-    start_ray(plan_layout(TrainerConfig(n_gpus_per_node=1, device=Device.cpu), RolloutConfig()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(*ray_uses_it())
+        start_ray(plan_layout(TrainerConfig(n_gpus_per_node=1, device=Device.cpu), RolloutConfig()))
     yield
     ray.shutdown()

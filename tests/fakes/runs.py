@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from ray.cluster_utils import Cluster
+
 from tests.conftest import REPOSITORY
+from tests.fakes.warm import ray_uses_it, warm_python
 
 TIMINGS = ("timing_s/", "perf/")
 
 
-def command(*overrides: str) -> list[str]:
-    return [sys.executable, "-m", "verl.trainer.main", "--config-name", "quickstart", *overrides]
+def command(*overrides: str, cold: bool = False) -> list[str]:
+    """What a user types, in a warm process (tests/fakes/warm.py) unless `cold`."""
+    python = [sys.executable] if cold else warm_python()
+    return [*python, "-m", "verl.trainer.main", "--config-name", "quickstart", *overrides]
 
 
 def two_steps(assets: Path, output: Path) -> list[str]:
@@ -34,27 +42,55 @@ def two_steps(assets: Path, output: Path) -> list[str]:
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@functools.cache
+def shared_cluster() -> str:
+    """The address of a Ray cluster that the runs of a test session join one after the other: to start one for each
+    takes as long as a small run."""
+    cluster = Cluster(
+        initialize_head=True,
+        # Ray's agent has the same port in every cluster: another one may be on this machine.
+        head_node_args={"num_cpus": 2, "include_dashboard": False, "dashboard_agent_listen_port": free_port()},
+    )
+    atexit.register(cluster.shutdown)
+    return cluster.address
+
+
 def start(
-    assets: Path, output: Path, *overrides: str, env: dict | None = None, within: list[str] | None = None
+    assets: Path,
+    output: Path,
+    *overrides: str,
+    env: dict | None = None,
+    within: list[str] | None = None,
+    cold: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run two tiny steps; `within` is a command that runs the command."""
+    """Run two tiny steps; `within` is a command that runs the command. A cold run is exactly
+    what a user starts, and such a one is always cold."""
+    cold = cold or within is not None
+    shared = {} if cold else dict([ray_uses_it(), ("RAY_ADDRESS", shared_cluster())])
     return subprocess.run(
-        [*(within or []), *command(*two_steps(assets, output), *overrides)],
+        [*(within or []), *command(*two_steps(assets, output), *overrides, cold=cold)],
         cwd=REPOSITORY,
-        env={**os.environ, **ENVIRONMENT, **(env or {})},
+        env={**os.environ, **ENVIRONMENT, **shared, **(env or {})},
         capture_output=True,
         text=True,
         timeout=600,
     )
 
 
-def launch(assets: Path, output: Path, log: Path, *overrides: str) -> subprocess.Popen:
+def launch(assets: Path, output: Path, log: Path, *overrides: str, own_ray: bool = False) -> subprocess.Popen:
     """As `start`, and do not wait for it; what it says goes to the end of `log`."""
+    joined = {} if own_ray else {"RAY_ADDRESS": shared_cluster()}
     with open(log, "ab") as file:
         return subprocess.Popen(
             command(*two_steps(assets, output), *overrides),
             cwd=REPOSITORY,
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT, **dict([ray_uses_it()]), **joined},
             stdout=file,
             stderr=file,
         )

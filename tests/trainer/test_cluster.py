@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,19 +15,13 @@ import yaml
 from ray.cluster_utils import Cluster
 
 from tests.conftest import REPOSITORY
-from tests.trainer.test_end_to_end import start
+from tests.fakes.runs import free_port, start
 from verl.config.compose import compose_config
 from verl.single_controller.preflight import ClusterError, place_ranks
 from verl.single_controller.resources import plan_layout
 
 SMALL = ("trainer.nnodes=2", "trainer.n_gpus_per_node=1", "worker.rollout.name=hf")
 NO_VALIDATION = ("trainer.val_before_train=false", "trainer.val_after_train=false", "trainer.val_freq=0")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +37,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 def test_a_run_over_two_nodes(cluster, assets, tmp_path):
-    done = start(assets, tmp_path / "run", *SMALL, *NO_VALIDATION, env={"RAY_ADDRESS": cluster.address})
+    done = start(assets, tmp_path / "run", *SMALL, *NO_VALIDATION, env={"RAY_ADDRESS": cluster.address}, cold=True)
     assert done.returncode == 0, done.stderr
     assert "the run needs 2 node(s) with 2 CPU(s) in all" in done.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -9,6 +9,7 @@ import torch
 
 from tests.conftest import REPOSITORY
 from tests.fakes.rows import row, write_parquet
+from tests.fakes.warm import ray_uses_it
 from verl.config.compose import compose_config
 from verl.config.sizes import compute_sizes
 from verl.trainer.dry_run import in_small, largest_item, with_noise
@@ -114,6 +115,7 @@ def test_no_more_prompts_than_fill_every_micro_batch(ranks, n, update, experienc
 
 
 def test_the_whole_of_it_from_the_command_line(assets, mixed, caplog, tmp_path, monkeypatch):
+    monkeypatch.setenv(*ray_uses_it())
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.INFO, logger="verl")
     micro = [f"worker.actor.micro_batch_size_per_device_for_{what}=3" for what in ("update", "experience")]

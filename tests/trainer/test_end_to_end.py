@@ -88,10 +88,11 @@ def test_the_saved_model_is_an_ordinary_folder_that_has_learnt(finished, assets)
 
 
 def test_the_same_seed_gives_the_same_numbers_and_an_earlier_run_is_kept(finished, assets):
+    """The first run had warm processes (tests/fakes/warm.py) and the tests' Ray; this one has all of its own."""
     output, _ = finished
     first = records(output / "metrics.jsonl")
     sizes = "worker.actor.micro_batch_size_per_device_for_update=2"
-    done = start(assets, output, sizes, "trainer.val_freq=1", "trainer.resume=never")
+    done = start(assets, output, sizes, "trainer.val_freq=1", "trainer.resume=never", cold=True)
     assert done.returncode == 0, done.stderr[-4000:]
     again = records(output / "metrics.jsonl")
 

@@ -62,9 +62,9 @@ def saving(run: Path) -> bool:
     return any(run.glob("checkpoints/.global_step_*.tmp"))
 
 
-def actor(process: subprocess.Popen) -> psutil.Process:
-    """The training worker of a run."""
-    found = [c for c in psutil.Process(process.pid).children(recursive=True) if "ActorWorker" in " ".join(c.cmdline())]
+def actor() -> psutil.Process:
+    """The training worker of the run."""
+    found = [child for child in psutil.Process().children(recursive=True) if "ActorWorker" in " ".join(child.cmdline())]
     assert len(found) == 1
     return found[0]
 
@@ -74,14 +74,14 @@ def test_killed_at_ten_moments_a_run_loses_and_doubles_nothing(assets, options, 
     moments, unfinished = random.Random(4), 0
     for kill in range(10):
         before = steps_done(run)
-        process = launch(assets, run, log, *options)
+        process = launch(assets, run, log, *options, own_ray=kill % 5 == 0)  # which dies with it
         wait_for(process, lambda: steps_done(run) > before, log)  # noqa: B023
         if kill % 2:
             wait_for(process, lambda: saving(run), log)
         else:
             time.sleep(moments.uniform(0, 1.5))
         if kill in (4, 7):  # a worker dies, and the run with it
-            actor(process).kill()
+            actor().kill()
             assert process.wait(120) != 0
         else:
             process.kill()

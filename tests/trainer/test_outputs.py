@@ -13,7 +13,7 @@ from verl.config.config import Config
 from verl.protocol import DataProto
 from verl.tracking.curves import draw_curves
 from verl.trainer.batch_metrics import reward_metrics, rollout_metrics, warn_of_mismatch
-from verl.trainer.main import describe
+from verl.trainer.launch import describe
 from verl.trainer.run_dir import RunDir
 from verl.workers.reward.base import Failure, Outcome
 

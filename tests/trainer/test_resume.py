@@ -10,18 +10,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.fakes.runs import REWARD, numbers, records, start
+from tests.fakes.runs import numbers, records, start
 from verl.checkpoint.files import load_plain, read_manifest, verify
 from verl.checkpoint.folder import CheckpointFolder
 from verl.checkpoint.tensors import load_full_model, read_tensors, saved_tensors
 from verl.workers.rollout.engines import is_installed
+
+# An untrained model is never right, so a number drawn from the response says how right it is. Next to no group has a
+# mean that the filter drops: of twice three groups four are used, and two wait; a step later one does.
+PARTIAL = """
+import hashlib
+
+def score(inputs):
+    parts = [hashlib.md5((i["response"] + i["ground_truth"]).encode()).digest()[0] / 255 for i in inputs]
+    return [{"overall": part, "accuracy": part} for part in parts]
+"""
 
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory) -> list[str]:
     """All that has a state of its own at once: groups that wait, a critic, an adaptive KL, a schedule, two ranks."""
     reward = tmp_path_factory.mktemp("reward") / "reward.py"
-    reward.write_text(REWARD)
+    reward.write_text(PARTIAL)
     return [
         f"worker.reward.reward_function={reward}:score",
         "algorithm.online_filtering=true",
@@ -108,7 +118,7 @@ def test_two_steps_a_resume_and_two_steps_are_four_steps(whole, resumed):
 def test_the_runs_above_had_a_state_to_lose(whole):
     """Between the second and the third step everything that is carried was something."""
     state = load_plain(str(whole[0] / "checkpoints/global_step_2/trainer.pt"))
-    assert state["waiting"] is not None and len(state["waiting"]["objects"]["outcome"]) > 0
+    assert len(state["waiting"]["objects"]["outcome"]) == 3
     assert state["reward_kl_coef"] != 0.05 and state["prompts"]["drawn"] > 0
     assert state["watchdog"]["tracks"]["actor/perception_kl"]["values"]
     assert state["weight_version"] == 2 and state["best"] is None

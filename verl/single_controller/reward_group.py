@@ -13,6 +13,7 @@ from ray.exceptions import RayTaskError
 
 from verl.config.config import Config
 from verl.single_controller.resources import Layout, actor_options
+from verl.utils.process import WITHOUT_MODEL
 from verl.workers.reward.base import Outcome, RewardError, RewardInput
 from verl.workers.reward.manager import record
 from verl.workers.reward.worker import RewardWorker
@@ -36,7 +37,7 @@ class RewardGroup:
 
     def __init__(self, config: Config, layout: Layout) -> None:
         self.file = os.path.join(os.path.abspath(config.trainer.output_dir), FAILURES)
-        worker = ray.remote(RewardWorker).options(**actor_options(layout, None, 0, 0, threads=1))
+        worker = ray.remote(RewardWorker).options(**actor_options(layout, None, 0, 0, 1, **{WITHOUT_MODEL: "1"}))
         self.worker = worker.remote(config.worker.reward)
 
     def build(self) -> None:

@@ -6,12 +6,7 @@ import json
 import os
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
-
-from verl.utils.files import atomic_path  # noqa: E402
+from verl.utils.files import atomic_path
 
 # (title, [(metric, label)])
 PANELS = (
@@ -31,6 +26,8 @@ SMOOTHING = 5  # steps
 
 def draw_curves(metrics_path: str, picture_path: str) -> None:
     """Plot what `metrics_path` (metrics.jsonl) holds over steps; panels without data are left out."""
+    from matplotlib.figure import Figure  # here: it takes longer to import than to use
+
     with open(metrics_path, encoding="utf-8") as file:
         records = [json.loads(line) for line in file]
     panels = [(title, lines) for title, lines in PANELS if any(m in r for m, _ in lines for r in records)]
@@ -38,7 +35,8 @@ def draw_curves(metrics_path: str, picture_path: str) -> None:
         return
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(5.2 * columns, 3.1 * rows), squeeze=False)
+    figure = Figure(figsize=(5.2 * columns, 3.1 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis, (title, lines) in zip(axes.flat, panels, strict=False):
         for metric, label in lines:
             _draw_line(axis, records, metric, label)
@@ -52,7 +50,6 @@ def draw_curves(metrics_path: str, picture_path: str) -> None:
     figure.tight_layout()
     with atomic_path(picture_path) as temporary:
         figure.savefig(temporary, dpi=120, format=os.path.splitext(picture_path)[1].lstrip("."))
-    plt.close(figure)
 
 
 def _draw_line(axis: Any, records: list[dict[str, float]], metric: str, label: str) -> None:

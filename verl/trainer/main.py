@@ -7,53 +7,32 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 
 from omegaconf import OmegaConf
 
-from verl.checkpoint.tensors import SaveFailed
 from verl.config.compose import CONFIG_DIR, compose_config, presets
 from verl.config.config import Config
 from verl.config.legacy import MARK, compose_legacy, translate_overrides
-from verl.single_controller.preflight import ClusterError
-from verl.trainer.dry_run import dry_run, in_small
-from verl.trainer.interrupts import RunInterrupted
-from verl.trainer.plan import make_plan
-from verl.trainer.ray_trainer import RayTrainer
-from verl.trainer.resume import ResumeError
 from verl.utils.process import LOG_FORMAT, quiet_libraries
-from verl.workers.memory import OutOfDeviceMemory
-from verl.workers.reward.base import RewardError
-
-logger = logging.getLogger("verl")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Compose the config, check it, and train. Exits with 1 where the config, or a file it names, is at fault."""
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, datefmt="%H:%M:%S")
     logging.getLogger("verl").setLevel(logging.INFO)
-    quiet_libraries()
     options = parse(arguments)
+    quiet_libraries()
     try:
         config = compose(options)
-        if options.print_config:
-            sys.stdout.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
-            return
-        plan = make_plan(in_small(config) if options.dry_run else config)
-        trainer = None if options.dry_run else RayTrainer(plan)
     except (ValueError, FileNotFoundError) as error:
-        logger.debug("where it was found", exc_info=True)
         sys.exit(f"error: {error}")
-    try:
-        lines = describe(trainer.fit(), trainer.run_dir.path) if trainer else dry_run(plan)
-    except RunInterrupted as ended:
-        logger.info("%s", ended)
+    if options.print_config:
+        sys.stdout.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
         return
-    except (ClusterError, ConnectionError, OutOfDeviceMemory, ResumeError, RewardError, SaveFailed) as error:
-        sys.exit(f"error: {getattr(error, 'cause', error)}")  # the cause: without Ray's account of its calls
-    for line in lines:
-        logger.info(line)
+    from verl.trainer.launch import launch  # with all that it takes to train: seconds
+
+    launch(config, options.dry_run)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -86,23 +65,6 @@ def compose(options: argparse.Namespace) -> Config:
     if options.legacy_file is not None:
         return compose_legacy(options.legacy_file, options.overrides)
     return compose_config(options.config_name, translate_overrides(options.overrides), options.config_dir)
-
-
-def describe(summary: dict[str, float], run_dir: str) -> list[str]:
-    """The end of a run in a few lines: what changed, and where everything is."""
-    lines = [f"done: {summary['steps']} steps in {summary['seconds']:.0f} s"]
-    before, after = summary.get("val_accuracy_before"), summary.get("val_accuracy_after")
-    if before is not None and after is not None:
-        lines.append(
-            f"validation accuracy: {before:.1%} before, {after:.1%} after ({100 * (after - before):+.1f} points)"
-        )
-    for name, form in (("val_accuracy", ".1%"), ("val_reward", ".4f")):  # of a run that only validates
-        if name in summary:
-            lines.append(f"{name.replace('val_', 'validation ')}: {summary[name]:{form}}")
-    names = ("summary.json", "curves.png", "metrics.jsonl", "samples.jsonl", "events.jsonl", "config.yaml")
-    names += ("model", "checkpoints")
-    found = [os.path.relpath(os.path.join(run_dir, n)) for n in names if os.path.exists(os.path.join(run_dir, n))]
-    return [*lines, *(f"  {path}" for path in found)]
 
 
 if __name__ == "__main__":
