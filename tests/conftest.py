@@ -10,6 +10,9 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start, several at once
+# Ray's default depends on how a cluster starts and on what earlier ones have left at home: clusters and drivers that
+# disagree take each other for dead. A cold run (tests/fakes/runs.py) with a Ray of its own has the default.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

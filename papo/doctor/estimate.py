@@ -126,6 +126,17 @@ def critic_load(config: Config, load: Load, device: str) -> Load:
     )
 
 
+def saved_bytes(config: Config, sizes: Sizes, requirements: Requirements, shape: Shape, device: str) -> tuple[int, int]:
+    """Of the model that a run leaves (merged in float32 with LoRA, else as weights are kept) and of a checkpoint."""
+    load = load_of(config, sizes, requirements, shape, device, 1, 1)
+    model = FLOAT * shape.parameters + load.kept * shape.adapter if shape.adapter else load.kept * shape.parameters
+    parts = [(shape, load)]
+    if requirements.critic:
+        parts.append((replace(shape, adapter=0), critic_load(config, load, device)))
+    found = [state_terms(of, replace(role_load, ranks=1, offload=False)) for of, role_load in parts]
+    return model, sum(total(terms[:1] if config.trainer.save_model_only else terms) for terms in found)  # weights first
+
+
 def compute_bytes(fsdp: FSDPConfig, device: str) -> int:
     """Of a value in the compute dtype."""
     return FLOAT if fsdp.compute_dtype == "float32" or (fsdp.compute_dtype == "auto" and device == "cpu") else 2

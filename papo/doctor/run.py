@@ -160,21 +160,26 @@ def _hub_folder(name: str) -> str | None:
 
 
 def check_output(case: Case) -> Iterator[Finding]:
-    """Room for the model that the run leaves, in float32, and for its checkpoints, with both moments of Adam."""
+    """Room for the model that the run leaves and for its checkpoints, with the optimizer's states."""
+    from papo.doctor.estimate import saved_bytes
     from papo.doctor.shape import shape_of
+    from verl.config.sizes import compute_sizes
 
-    trainer = case.config.trainer
+    config, trainer = case.config, case.config.trainer
     if trainer.val_only:
         return
-    model = 4 * shape_of(case.hf_config).parameters
-    checkpoint = model * (1 if trainer.save_model_only else 3) * (1 + case.requirements.critic)
+    try:
+        sizes, shape = compute_sizes(config), shape_of(case.hf_config, config.worker.actor.model.lora)
+    except ValueError:
+        return  # the checks of config and model have said it
+    model, checkpoint = saved_bytes(config, sizes, case.requirements, shape, case.device)
     # One more than are kept: the oldest goes when the newest is whole.
     kept = trainer.save_limit + 1 + bool(trainer.save_best) if trainer.save_limit else 2
     count = kept if trainer.save_freq or trainer.save_best else 0
     needed = model * trainer.save_model + checkpoint * count
     if not needed:
         return
-    parts = [f"the trained model takes {in_gib(model)} (float32)"] * trainer.save_model
+    parts = [f"the trained model takes {in_gib(model)}"] * trainer.save_model
     parts += [f"{count} checkpoints of {in_gib(checkpoint)} are there at a time"] * bool(count)
     _, free = disk_usage(trainer.output_dir)
     text = f"{', '.join(parts)}, {in_gib(free)} are free for {trainer.output_dir}"

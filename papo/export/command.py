@@ -9,9 +9,10 @@ import sys
 
 from papo.export.card import model_card
 from papo.export.hub import upload
-from papo.export.lora import adapted_layers, merge_adapter, write_adapter
+from papo.export.lora import merge_adapter, write_adapter
 from papo.export.model import build_model, dtype_of, write_model
 from papo.export.source import Source, find_source
+from verl.models.adapter_names import adapted_layers
 from verl.utils.files import atomic_path
 from verl.utils.process import LOG_FORMAT, quiet_libraries
 

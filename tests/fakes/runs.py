@@ -71,12 +71,18 @@ def start(
 ) -> subprocess.CompletedProcess[str]:
     """Run two tiny steps; `within` is a command that runs the command. A cold run is exactly
     what a user starts, and such a one is always cold."""
+    environment = {**os.environ, **ENVIRONMENT, **(env or {})}
     cold = cold or within is not None
-    shared = {} if cold else dict([ray_uses_it(), ("RAY_ADDRESS", shared_cluster())])
+    if not cold:
+        environment |= dict([ray_uses_it()])
+        if "RAY_ADDRESS" not in environment:
+            environment["RAY_ADDRESS"] = shared_cluster()
+    elif "RAY_ADDRESS" not in environment:
+        del environment["RAY_AUTH_MODE"]
     return subprocess.run(
         [*(within or []), *command(*two_steps(assets, output), *overrides, cold=cold)],
         cwd=REPOSITORY,
-        env={**os.environ, **ENVIRONMENT, **shared, **(env or {})},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=600,

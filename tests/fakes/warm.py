@@ -12,6 +12,7 @@ is not among them. PAPO_TEST_COLD=1 starts every process in the ordinary way.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -23,15 +24,16 @@ import socket
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 CLIENT = Path(__file__).with_name("warm_client.py")
 
 
 def warm_python() -> list[str]:
-    """The words to write instead of `sys.executable`; the server starts with the first call."""
-    can = hasattr(os, "pidfd_open") and os.environ.get("PAPO_TEST_COLD") != "1"
-    return [sys.executable, "-I", "-S", str(CLIENT), start_server().args[-1]] if can else [sys.executable]
+    """The words to write instead of `sys.executable`."""
+    path = server_socket()
+    return [sys.executable, "-I", "-S", str(CLIENT), path] if path else [sys.executable]
 
 
 def ray_uses_it() -> tuple[str, str]:
@@ -41,19 +43,26 @@ def ray_uses_it() -> tuple[str, str]:
 
 
 @functools.cache
-def start_server() -> subprocess.Popen:
+def server_socket() -> str | None:
+    """Where the server, which the first call starts, listens; None, with a warning, where it cannot run."""
+    if os.environ.get("PAPO_TEST_COLD") == "1":
+        return None
     folder = tempfile.TemporaryDirectory(prefix="warm")
-    words = [sys.executable, "-m", __name__, os.path.join(folder.name, "socket")]
+    path = os.path.join(folder.name, "socket")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    server = subprocess.Popen(words, env=environment, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE)
+    root = Path(__file__).parents[2]
+    words = [sys.executable, "-m", __name__, path]
+    server = subprocess.Popen(words, env=environment, cwd=root, stdout=subprocess.PIPE)
     atexit.register(folder.cleanup)
     atexit.register(server.kill)
-    assert server.stdout.readline(), "the server of warm processes did not start; its error is above"
-    return server
+    if server.stdout.readline():
+        return path
+    warnings.warn("processes cannot be forked warm here, the error is above: every run starts cold", stacklevel=2)
+    return None
 
 
 def serve(path: str) -> dict:
-    """Fork for each client and pass exit statuses back; returns in the forks, with what the client wants run."""
+    """Fork for each client and tell it how the fork has ended; returns in the forks, with what is to be run."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen(64)
@@ -61,33 +70,36 @@ def serve(path: str) -> dict:
     selector.register(listener, selectors.EVENT_READ)
     print("ready", flush=True)
     while True:
-        for key, _ in selector.select():
-            if key.fileobj is listener:
-                client, _ = listener.accept()
+        key = selector.select()[0][0]  # one at a time: what is done for it may end another's reason
+        if key.fileobj is listener:
+            client, _ = listener.accept()
+            try:
                 wanted, files = receive(client)
-                pid = os.fork()
-                if pid == 0:
-                    for number, file in enumerate(files):
-                        os.dup2(file, number)
-                    os.closerange(3, max(file for file in (*files, client.fileno(), selector.fileno())) + 1)
-                    return wanted
-                for file in files:
-                    os.close(file)
-                client.sendall(pid.to_bytes(4, "big"))
-                selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, client))
-                selector.register(client, selectors.EVENT_READ, pid)
-            elif isinstance(key.data, tuple):  # a fork has ended
-                pid, client = key.data
-                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                selector.unregister(key.fileobj)
-                os.close(key.fileobj)
-                if client in selector.get_map():
-                    selector.unregister(client)
-                    client.sendall(code.to_bytes(4, "big", signed=True))
+            except (OSError, ValueError):  # it has been killed
                 client.close()
-            else:  # a client has ended first: it was killed
-                selector.unregister(key.fileobj)
-                os.kill(key.data, signal.SIGKILL)
+                continue
+            pid = os.fork()
+            if pid == 0:
+                for number, file in enumerate(files):
+                    os.dup2(file, number)
+                os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+                return wanted
+            for file in files:
+                os.close(file)
+            selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, client))
+            selector.register(client, selectors.EVENT_READ, pid)
+            tell(client, pid)
+        elif isinstance(key.data, tuple):  # a fork has ended
+            pid, client = key.data
+            selector.unregister(key.fileobj)
+            os.close(key.fileobj)
+            if client in selector.get_map():
+                selector.unregister(client)
+            tell(client, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            client.close()
+        else:  # a client has ended before its fork: it was killed
+            selector.unregister(key.fileobj)
+            os.kill(key.data, signal.SIGKILL)
 
 
 def receive(client: socket.socket) -> tuple[dict, list[int]]:
@@ -95,6 +107,11 @@ def receive(client: socket.socket) -> tuple[dict, list[int]]:
     size, files, _, _ = socket.recv_fds(client, 4, 3)
     with client.makefile("rb") as stream:
         return json.loads(stream.read(int.from_bytes(size, "big"))), list(files)
+
+
+def tell(client: socket.socket, number: int) -> None:
+    with contextlib.suppress(OSError):  # it has been killed
+        client.sendall(number.to_bytes(4, "big", signed=True))
 
 
 def run(words: list[str]) -> None:
@@ -112,6 +129,7 @@ def run(words: list[str]) -> None:
 if __name__ == "__main__":
     import tests.fakes.preload  # noqa: F401
 
+    os.close(os.pidfd_open(os.getpid()))  # fails where the system has none
     assert "ray" not in sys.modules and len(os.listdir("/proc/self/task")) == 1, "not in a state to fork"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a person who stops the tests: the server is told when to end
     request = serve(sys.argv[1])

@@ -344,13 +344,15 @@ def test_too_little_disk_for_the_checkpoints(run_of, assets, tmp_path, monkeypat
     folder = write_hollow_model(tmp_path / "7b", qwen_7b(), assets / "model")
     monkeypatch.setattr("papo.doctor.run.disk_usage", lambda path: (200 * GIB,) * 2)
     overrides = (f"worker.actor.model.model_path={folder}", "trainer.save_limit=2")
-    said = (
-        r"the trained model takes 3\d\.\d GiB .*, 3 checkpoints of 9\d\.\d GiB are there at a time, 200.0 GiB are free"
-    )
+    said = r"the trained model takes 3\d\.\d GiB, 3 checkpoints of 9\d\.\d GiB are there at a time, 200.0 GiB are free"
     assert_error(run_of(*overrides), "disk", said, "trainer.save_limit=1")
-    for enough in ("trainer.save_freq=0", "trainer.save_model_only=true"):
+    half, adapters = "worker.actor.optim.strategy=adamw_bf16", "worker.actor.model.lora.rank=8"
+    for enough in ("trainer.save_freq=0", "trainer.save_model_only=true", adapters):
         _, report = run_of(*overrides, enough)
         assert not [finding for finding in bad(report) if finding["topic"] == "disk"], enough
+    # Four values of two bytes each: 62 GiB a checkpoint, and 15 GiB of weights.
+    said = r"the trained model takes 15\.\d GiB, 3 checkpoints of 6\d\.\d GiB"
+    assert_error(run_of(*overrides, half), "disk", said, "trainer.save_limit=1")
 
 
 def test_an_output_folder_that_cannot_be(run_of, tmp_path):

@@ -242,7 +242,7 @@ def test_a_reward_that_always_fails_ends_the_run_with_a_sample_and_its_own_trace
     assert "TypeError: list indices must be integers" in message and "ground_truth: " in message
     assert "ray" not in message and message.count("Traceback") == 1
     (first, *_) = records(tmp_path / "out" / "reward_failures.jsonl")
-    assert first["reason"] == "raised" and f"response: {first['response']!r}" in message
+    assert first["step"] == 0 and first["reason"] == "raised" and f"response: {first['response']!r}" in message
 
 
 def test_validation_alone_starts_no_training_worker(assets, tmp_path):

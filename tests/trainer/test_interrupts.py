@@ -12,9 +12,22 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.fakes.runs import REWARD, launch, numbers, start
+from tests.fakes.runs import launch, numbers, records, start
 
 STEPS = 18
+
+# An untrained model is never right, so a coin decides which response is; some responses it cannot grade.
+REWARD = """
+import hashlib
+
+REWARD_TYPE = "sequential"
+
+def score(one):
+    coin = hashlib.md5((one["response"] + one["ground_truth"]).encode()).digest()[0]
+    if coin % 8 == 0:
+        raise ValueError("not this one")
+    return {"overall": float(coin % 2), "accuracy": float(coin % 2)}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +37,7 @@ def options(tmp_path_factory) -> list[str]:
     reward.write_text(REWARD)
     return [
         f"worker.reward.reward_function={reward}:score",
+        "worker.reward.max_failure_frac=0.9",
         "~term@algorithm.terms.ref_kl",
         "worker.rollout.name=hf",
         "trainer.n_gpus_per_node=1",
@@ -37,13 +51,15 @@ def options(tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(assets, options, tmp_path_factory) -> list[dict]:
+def undisturbed(assets, options, tmp_path_factory) -> tuple[list[dict], list[dict]]:
+    """metrics.jsonl, and reward_failures.jsonl."""
     output = tmp_path_factory.mktemp("undisturbed") / "run"
     done = start(assets, output, *options)
     assert done.returncode == 0, done.stderr[-4000:]
-    found = numbers(output)
+    found, failures = numbers(output), records(output / "reward_failures.jsonl")
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
-    return found
+    assert len({failure["step"] for failure in failures}) > STEPS / 3
+    return found, failures
 
 
 def wait_for(process: subprocess.Popen, what: Callable[[], object], log: Path) -> None:
@@ -91,7 +107,8 @@ def test_killed_at_ten_moments_a_run_loses_and_doubles_nothing(assets, options, 
     done = start(assets, run, *options)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "going on from" in done.stderr
-    assert numbers(run) == undisturbed  # every step once, and none that contradicts another
+    # Every step once, and none that contradicts another.
+    assert (numbers(run), records(run / "reward_failures.jsonl")) == undisturbed
 
 
 @pytest.mark.parametrize(("number", "on_signal"), [(signal.SIGTERM, "finish_step"), (signal.SIGINT, "stop_now")])
@@ -110,7 +127,7 @@ def test_a_signal_saves_and_ends_well_and_the_same_command_goes_on(
         2 <= done < STEPS and (run / f"checkpoints/global_step_{done}").is_dir() and not (run / "summary.json").exists()
     )
     assert start(assets, run, *options).returncode == 0
-    assert numbers(run) == undisturbed
+    assert (numbers(run), records(run / "reward_failures.jsonl")) == undisturbed
 
 
 def test_a_second_signal_ends_at_once_and_one_before_the_first_step_loses_nothing(assets, options, tmp_path):

@@ -16,8 +16,9 @@ from verl.algorithms.losses.entropy import EntropyTermConfig
 from verl.config.worker import LoRAConfig, ModelConfig
 from verl.data.collate import join_responses
 from verl.data.vision import load_special_tokens
+from verl.models.adapter_names import is_adapter
 from verl.models.loading import load_model, outline
-from verl.models.lora import adapter_off, adapter_parameters, find_targets, is_adapter
+from verl.models.lora import adapter_off, adapter_parameters, find_targets
 from verl.workers.actor.dp_actor import compute_log_probs
 from verl.workers.actor.forward import TOKENS
 from verl.workers.fsdp.export import plain_weights, save_huggingface

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from verl.config.worker import LoRAConfig
+from verl.models.adapter_names import ADAPTER
 
 ALL_LINEAR = "all-linear"
-ADAPTER = "default"  # peft's name for the only adapter of a model
 HEAD, VISION = "lm_head", "model.visual."
 KEY = "worker.actor.model.lora"
 
@@ -76,11 +76,6 @@ def add_adapter(inner: nn.Module, lora: LoRAConfig, model_path: str, dtype: torc
         # Else the first block's input has a gradient on ranks with images alone (embeddings are frozen), and FSDP
         # reduces in another order there than on ranks without: they would wait for each other for ever.
         inner.enable_input_require_grads()
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a name in a state dict is that of an adapter's weight."""
-    return ".lora_" in name
 
 
 @contextmanager

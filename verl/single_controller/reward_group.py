@@ -33,7 +33,9 @@ class Scoring:
 
 class RewardGroup:
     """The actor whose processes grade. Responses that could not be graded are reported, and written to
-    reward_failures.jsonl in `trainer.output_dir`."""
+    reward_failures.jsonl in `trainer.output_dir`, with the `step` that the trainer is at."""
+
+    step = 0
 
     def __init__(self, config: Config, layout: Layout) -> None:
         self.file = os.path.join(os.path.abspath(config.trainer.output_dir), FAILURES)
@@ -71,7 +73,7 @@ class RewardGroup:
         os.makedirs(os.path.dirname(self.file), exist_ok=True)
         with open(self.file, "a", encoding="utf-8") as file:
             for one in records:
-                file.write(json.dumps(one, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"step": self.step, **one}, ensure_ascii=False) + "\n")
 
 
 def _get(reference: ray.ObjectRef) -> list[Outcome]:

@@ -157,6 +157,7 @@ class RayTrainer:
         progress = driver.progress
         before = driver.state_dict() if interrupts.stops_now else {}
         interrupts.begin_step()
+        self.run.workers.reward.step = step
         try:
             result = run_step(self.run, driver.collector, step, driver.watchdog.scale, interrupts.begin_update)
             interrupts.begin_update()  # a step without rows has not come to it

@@ -13,12 +13,13 @@ from omegaconf import OmegaConf
 
 from verl.checkpoint.files import sync
 from verl.config.config import Config
+from verl.single_controller.reward_group import FAILURES
 from verl.tracking.curves import draw_curves
 from verl.utils.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
-RECORDS = ("metrics.jsonl", "samples.jsonl", "events.jsonl")
+RECORDS = ("metrics.jsonl", "samples.jsonl", "events.jsonl", FAILURES)
 UNFINISHED = re.compile(r".+\.(tmp|old)\d+")
 
 

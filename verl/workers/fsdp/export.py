@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import nn
 
 from verl.config.worker import ModelConfig
 from verl.data.vision import load_processor
-from verl.models.lora import ADAPTER, is_adapter
+from verl.models.adapter_names import ADAPTER, BASE, factors, is_adapter, merge, plain_name, save_adapter
 from verl.models.policy import PolicyModel
 from verl.utils.files import atomic_path
 from verl.workers.fsdp.wrap import whole
@@ -22,7 +21,6 @@ from verl.workers.fsdp.wrap import whole
 logger = logging.getLogger(__name__)
 
 ADAPTER_FOLDER = "adapter"
-BASE = "base_layer"  # peft's name for what an adapter is added to
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Weight:
         weight = whole(self.stored, device)
         if self.down is None:
             return weight
-        return weight.float() + self.scale * (whole(self.up, device).float() @ whole(self.down, device).float())
+        return merge(weight, whole(self.up, device), whole(self.down, device), self.scale)
 
 
 def plain_weights(inner: nn.Module) -> dict[str, Weight]:
@@ -49,12 +47,12 @@ def plain_weights(inner: nn.Module) -> dict[str, Weight]:
     state = inner.state_dict()
     found = {}
     for name, stored in state.items():
-        layer, adapted, _ = name.partition(f".{BASE}.weight")
+        layer, adapted, _ = name.partition(f"{BASE}weight")
         if adapted:
-            down, up = (state[f"{layer}.lora_{side}.{ADAPTER}.weight"] for side in "AB")
-            found[f"{layer}.weight"] = Weight(stored, down, up, inner.get_submodule(layer).scaling[ADAPTER])
+            up, down = (state[factor] for factor in factors(layer))
+            found[plain_name(name)] = Weight(stored, down, up, inner.get_submodule(layer).scaling[ADAPTER])
         elif not is_adapter(name):
-            found[name.replace(f".{BASE}.", ".")] = Weight(stored)
+            found[plain_name(name)] = Weight(stored)
     return found
 
 
@@ -79,7 +77,7 @@ def save_huggingface(policy: PolicyModel, model: ModelConfig, path: str) -> None
         if adapter:
             inner.config.dtype = torch.float32  # save_pretrained takes that of a frozen base, which may be another one
             inner.config.save_pretrained(temporary)
-            _save_adapter(inner, adapter, os.path.join(temporary, ADAPTER_FOLDER))
+            save_adapter(inner.peft_config[ADAPTER], adapter, os.path.join(temporary, ADAPTER_FOLDER))
     logger.info("saved the policy to %s", path)
 
 
@@ -97,13 +95,6 @@ def save_processor(model: ModelConfig, folder: str) -> None:
     defaults = os.path.join(model.model_path, "generation_config.json")
     if os.path.isfile(defaults):
         shutil.copy(defaults, folder)
-
-
-def _save_adapter(inner: nn.Module, weights: dict[str, torch.Tensor], folder: str) -> None:
-    """Write what PeftModel.from_pretrained(MODEL, folder) reads."""
-    inner.peft_config[ADAPTER].save_pretrained(folder)
-    named = {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": weight for name, weight in weights.items()}
-    save_file(named, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
 def _on_rank_0(weights: dict[str, Weight]) -> dict[str, torch.Tensor]:
