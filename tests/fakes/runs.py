@@ -69,8 +69,8 @@ def start(
     within: list[str] | None = None,
     cold: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run two tiny steps; `within` is a command that runs the command. A cold run is exactly
-    what a user starts, and such a one is always cold."""
+    """Run two tiny steps; `within` is a command that runs the command. A cold run is exactly what a user starts; one
+    within another command is always cold."""
     environment = {**os.environ, **ENVIRONMENT, **(env or {})}
     cold = cold or within is not None
     if not cold:
