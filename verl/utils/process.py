@@ -62,7 +62,7 @@ def lighten_transformers() -> None:
     """Let transformers believe that scikit-learn and SciPy are not installed.
 
     It wants them for assisted generation and for losses of object detection, which nobody uses here, and importing them
-    takes a quarter of the time in which a worker starts. It asks once and remembers; all others find them as ever.
+    takes a quarter of what importing a model with torch does. It asks once and remembers; others find them as ever.
     """
     hidden = [name for name in ("scipy", "sklearn") if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # what maps to None is not found
