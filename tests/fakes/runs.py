@@ -120,3 +120,12 @@ def score(inputs):
         return hashlib.md5((i["response"] + i["ground_truth"]).encode()).digest()[0] % 2
     return [{"overall": float(coin(i)), "accuracy": float(coin(i))} for i in inputs]
 """
+
+# How right a response is, drawn from it. Next to no group of responses has a mean that the filter drops.
+PARTIAL = """
+import hashlib
+
+def score(inputs):
+    parts = [hashlib.md5((i["response"] + i["ground_truth"]).encode()).digest()[0] / 255 for i in inputs]
+    return [{"overall": part, "accuracy": part} for part in parts]
+"""

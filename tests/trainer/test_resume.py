@@ -10,26 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.fakes.runs import numbers, records, start
+from tests.fakes.runs import PARTIAL, numbers, records, start
 from verl.checkpoint.files import load_plain, read_manifest, verify
 from verl.checkpoint.folder import CheckpointFolder
 from verl.checkpoint.tensors import load_full_model, read_tensors, saved_tensors
 from verl.workers.rollout.engines import is_installed
 
-# An untrained model is never right, so a number drawn from the response says how right it is. Next to no group has a
-# mean that the filter drops: of twice three groups four are used, and two wait; a step later one does.
-PARTIAL = """
-import hashlib
-
-def score(inputs):
-    parts = [hashlib.md5((i["response"] + i["ground_truth"]).encode()).digest()[0] / 255 for i in inputs]
-    return [{"overall": part, "accuracy": part} for part in parts]
-"""
-
-
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory) -> list[str]:
-    """All that has a state of its own at once: groups that wait, a critic, an adaptive KL, a schedule, two ranks."""
+    """All that has a state of its own at once: groups that wait, a critic, an adaptive KL, a schedule, two ranks.
+
+    Of twice three groups four are used, and two wait; a step later one does."""
     reward = tmp_path_factory.mktemp("reward") / "reward.py"
     reward.write_text(PARTIAL)
     return [

@@ -41,7 +41,10 @@ def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str = C
         raise ValueError(f"there is no preset '{name}' in {config_dir}; there are: {known}")
     try:
         with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
-            return to_config(compose(name, overrides=list(overrides)))
+            raw = compose(name, overrides=list(overrides))
+        if raw.trainer.experiment_name is None:
+            raw.trainer.experiment_name = name
+        return to_config(raw)
     except (HydraException, OmegaConfBaseException) as error:
         reason = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
         raise ValueError(

@@ -28,7 +28,8 @@ class TrainerConfig:
     A run on several nodes, or on GPUs, waits `cluster_timeout_s` for them to join Ray.
     `n_gpus_per_node` is the number of training ranks per node: one per GPU, or one process per rank on CPU.
     `max_try_make_batch` bounds the generations of a step with `algorithm.online_filtering`.
-    `val_only` validates the model and ends, without training workers; it needs no training data.
+    `val_only` validates the model and ends, without training workers; it needs no training data, and writes to
+    `output_dir` with "-validation" behind its name, so that no run is touched.
     For the first `critic_warmup` steps only the critic trains, where there is one.
     `val_freq` counts steps, 0 validates only before and after. `samples_per_step` generations of each step go
     to samples.jsonl. `logger` lists trackers: console, jsonl, tensorboard, wandb, mlflow, swanlab, or a plugin's;
@@ -39,13 +40,14 @@ class TrainerConfig:
     all). `save_best` names a metric of validation, such as val/accuracy: a step with the highest so far is saved too,
     and kept. `save_model_only` leaves the optimizer out: such a checkpoint can be exported and not resumed.
     With `async_save` training goes on from a copy on the CPU while a checkpoint is written.
-    `resume` is `auto` (go on from the newest whole checkpoint in `output_dir`, where there is one), `never`, or the
-    path of a checkpoint. SIGTERM and SIGINT save a checkpoint and end the run, exit code 0: after the step
+    `experiment_name` is by default the preset's name. A folder belongs to one process at a time and to one experiment:
+    `resume` is `auto` (go on from the newest whole checkpoint in `output_dir`, where there is one, and refuse to if the
+    model, the terms or the views are others), `never`, or the path of a checkpoint. SIGTERM and SIGINT save a checkpoint and end the run, exit code 0: after the step
     (`on_signal` finish_step) or at once (stop_now: a step whose updates have not begun is left, and done again later).
     """
 
     project_name: str = "papo"
-    experiment_name: str = "run"
+    experiment_name: str | None = None
     output_dir: str = "outputs/${trainer.project_name}/${trainer.experiment_name}"
     total_epochs: int = 2
     max_steps: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import ExitStack
 
 from verl.checkpoint.tensors import SaveFailed
 from verl.config.config import Config
@@ -14,6 +15,7 @@ from verl.trainer.interrupts import RunInterrupted
 from verl.trainer.plan import make_plan
 from verl.trainer.ray_trainer import RayTrainer
 from verl.trainer.resume import ResumeError
+from verl.utils.files import hold_folder
 from verl.workers.memory import OutOfDeviceMemory
 from verl.workers.reward.base import RewardError
 
@@ -25,21 +27,24 @@ def launch(config: Config, dry: bool) -> None:
 
     Exits with 1 and a line that says why where the config, a file that it names, the cluster or a reward is at fault.
     """
-    try:
-        plan = make_plan(in_small(config) if dry else config)
-        trainer = None if dry else RayTrainer(plan)
-    except (ValueError, FileNotFoundError) as error:
-        logger.debug("where it was found", exc_info=True)
-        sys.exit(f"error: {error}")
-    try:
-        lines = describe(trainer.fit(), trainer.run_dir.path) if trainer else dry_run(plan)
-    except RunInterrupted as ended:
-        logger.info("%s", ended)
-        return
-    except (ClusterError, ConnectionError, OutOfDeviceMemory, ResumeError, RewardError, SaveFailed) as error:
-        sys.exit(f"error: {getattr(error, 'cause', error)}")  # the cause: without Ray's account of its calls
-    for line in lines:
-        logger.info(line)
+    with ExitStack() as held:
+        try:
+            plan = make_plan(in_small(config) if dry else config)
+            if not dry:
+                held.enter_context(hold_folder(plan.config.trainer.output_dir))
+            trainer = None if dry else RayTrainer(plan)
+        except (ValueError, FileNotFoundError) as error:
+            logger.debug("where it was found", exc_info=True)
+            sys.exit(f"error: {error}")
+        try:
+            lines = describe(trainer.fit(), trainer.run_dir.path) if trainer else dry_run(plan)
+        except RunInterrupted as ended:
+            logger.info("%s", ended)
+            return
+        except (ClusterError, ConnectionError, OutOfDeviceMemory, ResumeError, RewardError, SaveFailed) as error:
+            sys.exit(f"error: {getattr(error, 'cause', error)}")  # the cause: without Ray's account of its calls
+        for line in lines:
+            logger.info(line)
 
 
 def describe(summary: dict[str, float], run_dir: str) -> list[str]:

@@ -28,6 +28,8 @@ from verl.workers.rollout.engines import choose_engine
 
 logger = logging.getLogger(__name__)
 
+VALIDATION = "-validation"  # behind the name of the run's folder, for what trainer.val_only writes
+
 
 @dataclass
 class Plan:
@@ -47,6 +49,8 @@ def make_plan(config: Config) -> Plan:
     """Check the config and open its files. Raises ValueError or FileNotFoundError naming the key, file or row."""
     requirements = check(config)
     make_paths_absolute(config)
+    if config.trainer.val_only:
+        config.trainer.output_dir += VALIDATION
     load_functions(config.worker.reward)
     layout = plan_layout(config.trainer, config.worker.rollout)
     choose_carrier(config.worker.rollout.weight_sync, layout)

@@ -21,7 +21,13 @@ from verl.trainer.interrupts import Interrupts, RunInterrupted
 from verl.trainer.plan import Plan
 from verl.trainer.progress import Driver, Progress
 from verl.trainer.prompts import PromptStream
-from verl.trainer.resume import checkpoints_of, find_resume_point, restore, set_aside_later
+from verl.trainer.resume import (
+    checkpoints_of,
+    find_resume_point,
+    refuse_another_experiment,
+    restore,
+    set_aside_later,
+)
 from verl.trainer.run import Run
 from verl.trainer.run_dir import RunDir
 from verl.trainer.step import run_step
@@ -41,11 +47,13 @@ class RayTrainer:
         self.plan = plan
         self.trainer = plan.config.trainer
         self.point = find_resume_point(plan.config)
-        if self._is_complete() and self.point.changed - LENGTH:
+        if self._is_complete() and self.point.changed.keys() - LENGTH:
             logger.warning(
                 "the run in %s is complete and had other settings: this one begins anew", self.trainer.output_dir
             )
             self.point = None
+        elif self.point is not None:
+            refuse_another_experiment(self.point, plan.config)
         self.run_dir = RunDir(plan.config, self.point.step if self.point and self.point.own else None)
         self.complete = self._summary_of_complete_run()
         self.trackers = None if self.complete else Trackers(self.run_dir.path, plan.config)

@@ -36,6 +36,18 @@ WITHOUT_EFFECT = (
     "trainer.cluster_timeout_s",
 )
 
+# What makes a run the experiment that it is: with other settings of these it is another one.
+EXPERIMENT = (
+    "algorithm.adv_estimator",
+    "algorithm.shapers.",
+    "algorithm.terms.",
+    "algorithm.views.",
+    "worker.actor.model.lora.",
+    "worker.actor.model.model_path",
+    "worker.critic.model_path",
+    "worker.ref.model_path",
+)
+
 
 class ResumeError(ValueError):
     """A checkpoint that this run cannot go on from; the message names the key or the file."""
@@ -47,14 +59,14 @@ class ResumePoint:
 
     Attributes:
         own: Whether it is in this run's folder, whose records go on too.
-        changed: Keys of the config that are no longer what they were and matter.
+        changed: {key: (then, now)} of settings that are no longer what they were and matter.
     """
 
     path: str
     step: int
     state: dict[str, Any]
     own: bool
-    changed: set[str] = field(default_factory=set)
+    changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def folder(self, role: str) -> str:
         """The checkpoint's folder of a role. Raises ResumeError where it has none."""
@@ -89,6 +101,21 @@ def find_resume_point(config: Config) -> ResumePoint | None:
     return point
 
 
+def refuse_another_experiment(point: ResumePoint, config: Config) -> None:
+    """Raise ResumeError where a checkpoint that nobody has named is of another model, other terms or other views."""
+    if point.path == os.path.abspath(config.trainer.resume):
+        return
+    differs = {key: pair for key, pair in point.changed.items() if key.startswith(EXPERIMENT)}
+    if differs:
+        lines = "".join(f"\n  {key}: {json.dumps(then)} -> {json.dumps(now)}" for key, (then, now) in differs.items())
+        raise ResumeError(
+            f"the run in {config.trainer.output_dir} is another experiment, and this one would go on from its step "
+            f"{point.step}:{lines}\ntrainer.resume=never begins anew and moves that run aside; "
+            f"trainer.resume={point.path} goes on from it with the new settings; another trainer.experiment_name or "
+            "trainer.output_dir leaves it alone"
+        )
+
+
 def set_aside_later(point: ResumePoint, config: Config) -> None:
     """Rename what this run's folder has of later steps: broken checkpoints, and those of another course."""
     folder = checkpoints_of(config)
@@ -108,7 +135,7 @@ def restore(point: ResumePoint, driver: Driver) -> None:
         if isinstance(error.cause, ValueError):
             raise ResumeError(str(error.cause)) from error
         raise
-    driver.load_state_dict(point.state, point.changed)
+    driver.load_state_dict(point.state, set(point.changed))
     workers.rollout.sleep()
     workers.rollout.sync_weights(workers.actor)
 
@@ -144,7 +171,7 @@ def _open(path: str, config: Config) -> ResumePoint:
     for key, (old, new) in changed.items():
         logger.warning("changed since the checkpoint: %s: %s -> %s", key, json.dumps(old), json.dumps(new))
     own = os.path.dirname(path) == checkpoints_of(config).path
-    return ResumePoint(path, manifest["step"], state, own, set(changed))
+    return ResumePoint(path, manifest["step"], state, own, changed)
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

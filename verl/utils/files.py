@@ -1,11 +1,58 @@
-"""Writing so that a reader, or a crash, never sees half a file."""
+"""Files that several processes may want: writing so that nobody sees half a file, and locks on folders."""
 
 from __future__ import annotations
 
+import fcntl
+import logging
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+logger = logging.getLogger(__name__)
+
+
+class FolderInUse(ValueError):
+    """Another process holds the folder; the message says which."""
+
+
+@contextmanager
+def hold_folder(path: str) -> Iterator[None]:
+    """Hold the folder `path`, which need not exist yet, against every other process that calls this.
+
+    The lock is the kernel's, on the file `.NAME.lock` beside the folder, so it ends with the process, however that
+    ends, and the folder can be renamed under it. A file system without locks is a warning.
+
+    Raises FolderInUse naming the process that holds it, its machine and its start.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    lock = os.path.join(folder, f".{name}.lock")
+    while True:
+        file = open(lock, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise FolderInUse(f"'{path}' is in use by {holder}: wait for its end, or name another folder") from None
+        except OSError as error:
+            logger.warning("%s cannot be locked (%s): start no second run in it", path, error)
+            break
+        if os.path.exists(lock) and os.path.samestat(os.stat(lock), os.fstat(file.fileno())):
+            break
+        file.close()  # its last holder has removed it since
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.flush()
+        yield
+    finally:
+        os.remove(lock)  # before the lock ends, so that whoever waits for this file sees that it is gone
+        file.close()
 
 
 @contextmanager

@@ -36,9 +36,12 @@ def compute_log_probs(
     policy.eval()
     parts = []
     for rows in batch.split(micro_batch_size):
-        if view != ORIGINAL and not rows[view_column(view, "rows")].any():
-            # Nothing to see, but on another rank there may be, and FSDP's collectives wait for this one.
-            forward_views(policy, rows.rows(slice(0, 1)), [ORIGINAL], temperature, device)
+        covered = view_column(view, "rows")
+        if view != ORIGINAL and not rows[covered].any():
+            # Nothing to see, but on another rank there may be, and FSDP's collectives wait for this one: one row goes
+            # through as text, and what it gives is not used.
+            one = rows.rows(slice(0, 1)).with_columns({covered: torch.ones(1, dtype=torch.bool)})
+            forward_views(policy, one, [view], temperature, device)
             parts.append(torch.zeros(rows["response_mask"].shape))
             continue
         parts.append(forward_views(policy, rows, [view], temperature, device).popitem()[1].float().cpu())
