@@ -55,9 +55,9 @@ def _requires(config: PerceptionKLConfig) -> tuple[str, ...]:
     return (*read, view_column(config.view, "rows"))
 
 
-def _counted(config: PerceptionKLConfig, mask: torch.Tensor) -> torch.Tensor:
+def _counted(config: PerceptionKLConfig, columns: Columns) -> torch.Tensor:
     """[B] how many tokens of each response count."""
-    return torch.ceil(mask.sum(-1).double() * config.top_fraction).long()
+    return torch.ceil(columns["response_mask"].sum(-1).double() * config.top_fraction).long()
 
 
 @loss_term("perception_kl", PerceptionKLConfig, requires=_requires, maximize=True, counted=_counted)
@@ -78,7 +78,7 @@ def perception_kl(columns: Columns, config: PerceptionKLConfig) -> torch.Tensor:
         mask = columns["response_mask"]
         ranked = values.detach().masked_fill(mask == 0, float("-inf")).argsort(dim=-1, descending=True, stable=True)
         rank = ranked.argsort(dim=-1)
-        values = torch.where(rank < _counted(config, mask)[:, None], values, 0.0)
+        values = torch.where(rank < _counted(config, columns)[:, None], values, 0.0)
     if config.incorrect_weight != 1:
         values = values * torch.where(columns["accuracy"] > 0.5, 1.0, config.incorrect_weight)[:, None]
     return only_view_rows(values, columns, config.view)

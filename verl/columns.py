@@ -76,6 +76,11 @@ def is_exact(name: str) -> bool:
     return name.endswith(EXACT)
 
 
+def is_view_rows(name: str) -> bool:
+    """Whether the column says which rows a view covers."""
+    return name.endswith("_rows")
+
+
 def view_column(view: str, what: str) -> str:
     """The column of `what` under `view`: view_column("masked", "log_probs") is "masked_log_probs"."""
     return f"{view}_{what}"

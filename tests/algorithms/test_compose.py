@@ -10,6 +10,7 @@ import torch
 from papo.terms import PerceptionKLConfig
 from verl.algorithms.losses.compose import Denominators, LossTerm, build_terms, compute_losses, reduce_values
 from verl.algorithms.losses.entropy import EntropyTermConfig
+from verl.algorithms.losses.sft import SFTTermConfig
 from verl.algorithms.losses.term import LOSS_TERMS, TermKind
 from verl.config.algorithm import LossAverage, LossTermConfig
 from verl.metrics.bag import MetricBag
@@ -102,7 +103,7 @@ def test_a_term_over_part_of_the_tokens_is_averaged_over_those(average, size):
         "response_mask": mask,
     }
     terms = build_terms({"kl": PerceptionKLConfig(coef=1.0, top_fraction=0.4)})
-    denominators = {"kl": Denominators(*Denominators.count(terms[0].counted(mask)).tolist(), MAX_LENGTH)}
+    denominators = {"kl": Denominators(*Denominators.count(terms[0].counted(columns)).tolist(), MAX_LENGTH)}
     bag, total = MetricBag(), 0.0
     for rows in torch.arange(len(values)).split(size):
         part = {name: column[rows] for name, column in columns.items()}
@@ -167,3 +168,46 @@ def test_metric_bags_merge_exactly():
     assert merged["x"] == pytest.approx(whole.result()["x"], abs=1e-14)
     assert merged["peak"] == values.max().item()
     assert "never" not in merged
+
+
+@pytest.mark.parametrize("size", [1, 3, 12])
+def test_imitation_is_the_mean_over_the_tokens_of_correct_responses(size):
+    """As in the released code, however the batch is cut; a batch without a correct response gives 0."""
+    values, mask = batch()
+    columns = {"log_probs": values, "accuracy": (torch.arange(len(values)) % 3 == 0).float(), "response_mask": mask}
+    terms = build_terms({"sft": SFTTermConfig(coef=1.0)})
+    denominators = {"sft": Denominators(*Denominators.count(terms[0].counted(columns)).tolist(), MAX_LENGTH)}
+    bag, total = MetricBag(), 0.0
+    for rows in torch.arange(len(values)).split(size):
+        part = {name: column[rows] for name, column in columns.items()}
+        total += compute_losses(terms, part, mask[rows], LossAverage.token, denominators, bag)["sft"].item()
+    expected = -by_hand(values[::3], mask[::3], LossAverage.token)
+    assert total == pytest.approx(expected, abs=1e-13) and bag.result()["actor/sft"] == pytest.approx(expected)
+    columns["accuracy"] = torch.zeros(len(values))
+    none = {"sft": Denominators(*Denominators.count(terms[0].counted(columns)).tolist(), MAX_LENGTH)}
+    bag = MetricBag()
+    assert compute_losses(terms, columns, mask, LossAverage.token, none, bag)["sft"].item() == 0
+    assert "actor/sft" not in bag.result()
+
+
+def test_a_views_metrics_are_means_over_the_rows_that_it_covers():
+    """A text-only row has no perception KL; its tokens count in the loss, whose mean is over all, and not here."""
+    values, mask = batch()
+    covered = torch.arange(len(values)) % 2 == 0
+    columns = {"log_probs": torch.zeros_like(values), "masked_log_probs": values / 2, "masked_rows": covered}
+    terms = build_terms(
+        {"perception_kl": PerceptionKLConfig(coef=1.0), "masked_entropy": EntropyTermConfig(coef=1.0, view="masked")}
+    )
+    bag = MetricBag()
+    losses = compute_losses(
+        terms, columns, mask, LossAverage.token, dict.fromkeys(("perception_kl", "masked_entropy"), counted(mask)), bag
+    )
+    kl, entropy = (values / 2).exp() - 1 - values / 2, -values / 2
+    assert bag.result() == pytest.approx(
+        {
+            "actor/perception_kl": by_hand(kl[::2], mask[::2], LossAverage.token),
+            "actor/masked_entropy": by_hand(entropy[::2], mask[::2], LossAverage.token),
+        }
+    )
+    zeroed = torch.where(covered[:, None], kl, 0.0)
+    assert losses["perception_kl"].item() == pytest.approx(-by_hand(zeroed, mask, LossAverage.token))

@@ -80,7 +80,7 @@ def ours(columns, low, high, beta, gamma, eta1, eta2) -> torch.Tensor:
         }
     )
     mask = columns["response_mask"]
-    denominators = {t.name: Denominators(*Denominators.count(t.counted(mask)).tolist(), T) for t in terms}
+    denominators = {t.name: Denominators(*Denominators.count(t.counted(columns)).tolist(), T) for t in terms}
     return sum(compute_losses(terms, columns, mask, LossAverage.token, denominators, MetricBag()).values())
 
 

@@ -32,6 +32,12 @@ def test_every_preset_composes_and_is_valid(name):
     assert config.trainer.output_dir == f"outputs/{config.trainer.project_name}/{config.trainer.experiment_name}"
 
 
+def test_every_preset_has_a_folder_of_its_own():
+    folders = {preset(name).trainer.output_dir for name in presets()}
+    assert len(folders) == len(presets()) and preset("dapo").trainer.output_dir == "outputs/papo/dapo"
+    assert preset("dapo", "trainer.experiment_name=mine").trainer.output_dir == "outputs/papo/mine"
+
+
 def test_presets_hold_what_the_paper_says():
     papo, grpo = preset("papo_grpo"), preset("grpo")
     terms = papo.algorithm.terms

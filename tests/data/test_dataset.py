@@ -45,7 +45,7 @@ def test_parquet_json_jsonl_folders_and_lists_give_the_same_prompts(tmp_path, vi
     folder.mkdir()
     parquet = write_parquet(folder / "rows.parquet", [row()])
     expected = dataset(parquet, vision)[0]
-    for reference in (tmp_path / "rows.jsonl", tmp_path / "rows.json", folder, f"{parquet}, {folder}"):
+    for reference in (tmp_path / "rows.jsonl", tmp_path / "rows.json", folder):
         item = dataset(reference, vision, image_dir=str(tmp_path))[0]
         assert torch.equal(item["prompt_ids"], expected["prompt_ids"])
         assert torch.equal(item["mm_inputs"]["pixel_values"], expected["mm_inputs"]["pixel_values"])

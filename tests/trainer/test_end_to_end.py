@@ -245,16 +245,22 @@ def test_a_reward_that_always_fails_ends_the_run_with_a_sample_and_its_own_trace
     assert first["step"] == 0 and first["reason"] == "raised" and f"response: {first['response']!r}" in message
 
 
-def test_validation_alone_starts_no_training_worker(assets, tmp_path):
+def test_validation_alone_starts_no_training_worker_and_harms_no_run(assets, finished):
+    """Its files are in a folder of its own; the run whose folder the same settings name stays as it was."""
+    run = finished[0]
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     overrides = ["trainer.val_only=true", "data.train_files=null", "worker.rollout.data_parallel_size=2"]
-    done = start(assets, tmp_path / "out", *overrides)
+    done = start(assets, run, *overrides)
     assert done.returncode == 0, done.stderr[-4000:]
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert {path.name for path in run.parent.iterdir()} == {"out", "out-validation"}
+    output = run.parent / "out-validation"
+    summary = json.loads((output / "summary.json").read_text())
     assert summary["steps"] == 0 and {"val_accuracy", "val_reward"} <= set(summary)
     assert "validation accuracy: " in done.stderr and "policy with" not in done.stderr
-    (record,) = records(tmp_path / "out" / "metrics.jsonl")
+    (record,) = records(output / "metrics.jsonl")
     assert record["step"] == 0 and record["val/accuracy"] == summary["val_accuracy"]
-    assert not (tmp_path / "out" / "model").exists()
+    assert not (output / "model").exists()
 
 
 def test_a_preset_that_does_not_exist_and_the_whole_config():

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from tests.fakes.runs import PARTIAL, numbers, records, start
 from verl.checkpoint.files import load_plain, read_manifest, verify
 from verl.checkpoint.folder import CheckpointFolder
 from verl.checkpoint.tensors import load_full_model, read_tensors, saved_tensors
+from verl.utils.files import FolderInUse, hold_folder
 from verl.workers.rollout.engines import is_installed
 
 @pytest.fixture(scope="module")
@@ -152,6 +157,55 @@ def test_a_run_that_is_complete_says_so_and_ends(assets, everything, whole):
     assert done.returncode == 0 and f"{whole[0]} is complete: trainer.max_steps=N goes on" in done.stderr
     assert "done: 4 steps" in done.stderr and "policy with" not in done.stderr
     assert {path.name: path.stat().st_mtime for path in whole[0].iterdir() if path.name != "config.yaml"} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "listed"),
+    [
+        ("algorithm.terms.entropy.coef=0.5", "algorithm.terms.entropy.coef: 0.01 -> 0.5"),
+        ("~term@algorithm.terms.masked_entropy", r'algorithm.terms.masked_entropy: \{.*"view": "masked"\} -> null'),
+        ("algorithm.views.masked.prob=0.3", "algorithm.views.masked.prob: 0.6 -> 0.3"),
+        ("worker.actor.model.model_path={other}", 'worker.actor.model.model_path: ".*" -> ".*/another"'),
+    ],
+)
+def test_another_experiment_does_not_go_on_in_the_folder(assets, everything, whole, tmp_path, change, listed):
+    """The list of what differs, and the ways out; the run and its records are as they were."""
+    shutil.copytree(assets / "model", tmp_path / "another")
+    change = change.format(other=tmp_path / "another")
+    before = {path: path.stat().st_mtime_ns for path in whole[0].rglob("*")}
+    done = start(assets, whole[0], *everything, "trainer.max_steps=5", change)
+    assert done.returncode == 1 and {path: path.stat().st_mtime_ns for path in whole[0].rglob("*")} == before
+    error = done.stderr[done.stderr.index("error: ") :]
+    assert re.search(listed, error) and "another experiment, and this one would go on from its step 4" in error
+    assert "trainer.resume=never begins anew and moves that run aside" in error
+    assert f"trainer.resume={whole[0]}/checkpoints/global_step_4 goes on from it with the new settings" in error
+
+
+def test_a_folder_belongs_to_one_process_at_a_time(assets, everything, whole):
+    with hold_folder(str(whole[0])):
+        done = start(assets, whole[0], *everything)
+    assert done.returncode == 1
+    holder = f"process {os.getpid()} on {socket.gethostname()} since 20"
+    assert f"error: '{whole[0]}' is in use by {holder}" in done.stderr
+    assert {path.name for path in whole[0].parent.iterdir()} == {"run"}  # the lock is gone with its process
+
+
+def test_a_lock_ends_with_its_process_and_stays_with_the_name(tmp_path):
+    """Killed, it leaves a file that holds nothing; and while a folder is moved aside nobody gets its name."""
+    code = f"from verl.utils.files import hold_folder\nwith hold_folder('{tmp_path}/run'): print(1, flush=True); input()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"1\n"
+    with pytest.raises(FolderInUse, match=f"'{tmp_path}/run' is in use by process {process.pid} on "):
+        hold_folder(f"{tmp_path}/run").__enter__()
+    process.kill()
+    process.wait()
+    assert (tmp_path / ".run.lock").exists()
+    (tmp_path / "run").mkdir()
+    with hold_folder(f"{tmp_path}/run"):
+        (tmp_path / "run").rename(tmp_path / "aside")
+        with pytest.raises(FolderInUse, match=f"process {os.getpid()} on "):
+            hold_folder(f"{tmp_path}/run").__enter__()
+    assert not (tmp_path / ".run.lock").exists()
 
 
 def test_another_run_goes_on_from_a_named_checkpoint_on_one_rank(assets, everything, whole, tmp_path):

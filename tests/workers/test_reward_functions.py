@@ -124,12 +124,17 @@ def test_a_ground_truth_that_nothing_could_match_is_no_wrong_answer(name, truth)
     [
         ("Thus.\nAnswer: 34", 1),
         ("Answer: 3\nno,\nANSWER: $34$", 1),
-        ("**Answer: 34**", 1),
         ("Answer: \\boxed{34}", 1),
-        ("So \\boxed{34}", 1),
-        ("Answer: 34.0", 1),
+        ("answer :  x = 34 dollars", 1),
+        ("Answer: $34$.", 1),
+        ("Answer: 34.", 0),
+        ("**Answer: 34**", 0),
+        ("So \\boxed{34}", 0),
+        ("Answer: 34.0", 0),
         ("Answer: 35", 0),
         ("34", 0),
+        ("Answer: 34\n" + "But wait. " * 29, 1),
+        ("Answer: 34\n" + "But wait. " * 31, 0),  # only the last 300 characters are read
     ],
 )
 def test_dapo_is_plus_or_minus_one(response, accuracy):
@@ -140,6 +145,39 @@ def test_dapo_is_plus_or_minus_one(response, accuracy):
         "accuracy_normalized": accuracy,
         "overlong": 0.0,
     }
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "accuracy"),
+    [
+        ("1,000", "1000", 1),
+        ("1,2,3", "123", 1),  # a quirk of the rule: commas between digits go, as in a number
+        ("(1, 2)", "(1,2)", 1),
+        ("\\frac12", "\\frac{1}{2}", 1),
+        ("\\sqrt2", "\\sqrt{2}", 1),
+        ("\\sqrt{2}", "\\sqrt2", 1),
+        ("0.5", "\\frac{1}{2}", 0),  # no mathematics: letter by letter
+        ("90^\\circ", "90", 1),
+        ("90 degrees", "90^{\\circ}", 1),
+        ("12 cm", "12", 1),
+        ("12 \\text{ cm}", "12", 1),
+        ("\\text{Tuesday}", "Tuesday", 1),
+        ("\\textbf{B}", "B", 1),
+        ("\\overline{AB}", "AB", 1),
+        ("\\$5", "5", 1),
+        ("the value is $x^2$ here", "x^2", 1),
+        ("3 \\text{ and } 4", "3,4", 0),
+        ("y = 2x + 1", "2x+1", 1),
+        ("5^{\\mathrm{th}}", "5^{}", 1),
+        ("an apple", "apple", 1),
+        ("x\\in[0,1]", "x\\in [0, 1]", 1),
+        ("7 students", "7", 1),
+        ("seven", "7", 0),
+        ("-3", "3", 0),
+    ],
+)
+def test_dapo_compares_as_minerva_does(answer, truth, accuracy):
+    assert score("dapo", f"Answer: {answer}", truth)["accuracy"] == accuracy
 
 
 @pytest.mark.parametrize(("length", "penalty"), [(0, 0), (80, 0), (81, -0.05), (90, -0.5), (100, -1), (120, -1)])

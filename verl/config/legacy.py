@@ -79,6 +79,8 @@ def translate(path: str, overrides: Sequence[str] = ()) -> tuple[Preset, list[st
     silent: Changes = {}
     for rule in RULES:
         changes = _apply(rule, old)
+        if line := rule.differs(old):
+            logger.warning("not as in EasyR1 and PAPO: %s", line)
         preset.take(changes)
         said = {key: given.pop(key) for key in rule.defaults if key in given}
         if said:

@@ -20,12 +20,14 @@ class Rule:
             dict holds a dict.
         apply: From every old key, given or by default, to what it is here; raises ValueError by `refusal`.
         why: Said where nothing comes of it.
+        differs: A line on what is not as it was there and changes numbers, with the way to theirs; empty for none.
         plain: Old keys (also inside a dict) that are one key here, whatever the others say.
     """
 
     defaults: dict[str, Any]
     apply: Callable[[Old], Changes]
     why: str = "it has no effect here"
+    differs: Callable[[Old], str] = lambda old: ""
     plain: dict[str, str] = field(default_factory=dict)
 
 

@@ -5,14 +5,20 @@ Names and defaults are those of EasyR1 up to 0.3.3 and of its fork PAPO, from th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from verl.config.compose import CONFIG_DIR
 from verl.config.legacy_rule import Changes, Old, Rule, choice, no_effect, only, refusal, renamed, same
 
 STORED = "what weights are kept in follows from worker.actor.optim.strategy, and a reference's from its compute dtype"
-OFFLOAD_KEYS = ("fsdp.enable_cpu_offload", "offload.offload_params", "offload.offload_optimizer")
+PARKED = (
+    "weights and states stay on the GPU between the phases of a step; where they do not fit, worker.{}.fsdp.cpu_offload="
+    "true keeps them in main memory, where the optimizer's step is much slower"
+)
 LORA = "worker.actor.model.lora"
+TEMPLATES = os.path.join(os.path.dirname(CONFIG_DIR), "examples", "format_prompt")
 UNLIMITED = 1_000_000  # generations for a step; a run that needs so many never ends anyway
 
 
@@ -29,7 +35,7 @@ def _critic(given: Mapping[str, Any]) -> Changes:
     nested = {
         "model": {"model_path": "model_path"},
         "optim": {n: f"optim.{n}" for n in ("lr", "betas", "weight_decay", "strategy")},
-        "offload": dict.fromkeys(("offload_params", "offload_optimizer"), "fsdp.cpu_offload"),
+        "offload": dict.fromkeys(("offload_params", "offload_optimizer")),
     }
     changes = {}
     for name, value in given.items():
@@ -39,8 +45,8 @@ def _critic(given: Mapping[str, Any]) -> Changes:
             if key not in known:
                 where = f"worker.critic.{name}.{key}" if name in nested else f"worker.critic.{key}"
                 raise refusal(where, own, "leave it out: the critic's other settings are the actor's")
-            here = f"worker.critic.{known[key]}"
-            changes[here] = changes.get(here) or own  # one switch here where upstream has two
+            if known[key] is not None:
+                changes[f"worker.critic.{known[key]}"] = own
     return changes
 
 
@@ -87,21 +93,39 @@ def _policy(old: Old) -> Changes:
     return {"/term@algorithm.terms.policy": kind, **clips}
 
 
-def _lora_targets(given: Any) -> Any:
-    """Upstream takes names with commas between them too."""
-    return [name.strip() for name in given.split(",")] if isinstance(given, str) and "," in given else given
+def _lora(old: Old) -> Changes:
+    """Upstream takes names of layers with commas between them too, and leaves those out that another key names."""
+    targets, excluded = old[f"{LORA}.target_modules"], old[f"{LORA}.exclude_modules"]
+    if excluded and old[f"{LORA}.rank"] and "visual" not in excluded:
+        raise refusal(f"{LORA}.exclude_modules", excluded, f"name the layers that are trained in {LORA}.target_modules")
+    if isinstance(targets, str) and "," in targets:
+        targets = [name.strip() for name in targets.split(",")]
+    names = ("rank", "alpha")
+    return {**{f"{LORA}.{name}": old[f"{LORA}.{name}"] for name in names}, f"{LORA}.target_modules": targets}
+
+
+def _lora_differs(old: Old) -> str:
+    if not old[f"{LORA}.rank"] or old[f"{LORA}.exclude_modules"]:
+        return ""
+    return f"{LORA} trains layers of the language model; {LORA}.vision_tower=true those of the vision tower as well"
+
+
+def _wording(old: Old) -> str:
+    """The templates in examples/ stand in for upstream's, under their names."""
+    path = old["data.format_prompt"]
+    if not path or os.path.dirname(os.path.abspath(path)) != TEMPLATES:
+        return ""
+    return (
+        f"{path} has this project's own wording, so prompts are others than theirs; for theirs, give the file of that "
+        "name in a checkout of EasyR1 or PAPO as data.format_prompt"
+    )
 
 
 def _warmup(old: Old) -> Changes:
     """Upstream counts steps of the run, this framework optimizer updates."""
-    steps, ratio = old["worker.actor.optim.lr_warmup_steps"], old["worker.actor.optim.lr_warmup_ratio"]
+    steps = old["worker.actor.optim.lr_warmup_steps"]
     if steps is None:
-        if ratio and old["trainer.max_steps"] is None:
-            way_out = (
-                "without trainer.max_steps nobody knows how many steps it is; give worker.actor.optim.lr_warmup_steps"
-            )
-            raise refusal("worker.actor.optim.lr_warmup_ratio", ratio, way_out)
-        steps = int(ratio * (old["trainer.max_steps"] or 0))
+        return {"worker.actor.optim.lr_warmup_ratio": old["worker.actor.optim.lr_warmup_ratio"]}
     updates = old["data.rollout_batch_size"] // old["worker.actor.global_batch_size"] * old["worker.actor.ppo_epochs"]
     return {"worker.actor.optim.lr_warmup_steps": steps * updates}
 
@@ -148,19 +172,14 @@ def _reward_function(old: Old) -> Changes:
     return {"worker.reward.reward_function": function}
 
 
-def _offload(role: str) -> Rule:
-    """Upstream moves weights and optimizer states to and fro on their own; here they are in main memory together."""
-    keys, here = [f"worker.{role}.{key}" for key in OFFLOAD_KEYS], f"worker.{role}.fsdp.cpu_offload"
-    defaults = dict.fromkeys(keys, False)
-    return Rule(defaults, lambda old: {here: any(old[key] for key in keys)}, plain=dict.fromkeys(keys, here))
-
-
 def _fsdp(role: str) -> list[Rule]:
     where = f"worker.{role}.fsdp"
     precise = {"bf16": "auto", "bfloat16": "auto", "fp32": "float32", "float32": "float32"}
     return [
         renamed(f"{where}.enable_full_shard", f"{where}.reshard_after_forward", True),
-        _offload(role),
+        renamed(f"{where}.enable_cpu_offload", f"{where}.cpu_offload", False),
+        no_effect(f"worker.{role}.offload.offload_params", False, PARKED.format(role)),
+        no_effect(f"worker.{role}.offload.offload_optimizer", False, PARKED.format(role)),
         no_effect(f"{where}.enable_rank0_init", True, "rank 0 reads the weights and gives the others their shards"),
         no_effect(f"{where}.use_orig_params", False, "FSDP2 always does"),
         no_effect(f"{where}.torch_dtype", None, STORED),
@@ -186,7 +205,11 @@ DATA = [
     same("data.rollout_batch_size", 512),
     Rule({"data.mini_rollout_batch_size": None}, _mini_batch, "one generation fills a step without online_filtering"),
     Rule({"data.val_batch_size": -1}, _val_batch, "all at once is not possible, and the size changes no result"),
-    same("data.format_prompt", None),
+    Rule(
+        {"data.format_prompt": None},
+        lambda old: {"data.format_prompt": old["data.format_prompt"]},
+        differs=_wording,
+    ),
     only(
         "data.override_chat_template", None, (None,), "put the template into the model's folder (chat_template.jinja)"
     ),
@@ -240,7 +263,14 @@ ACTOR = [
     same("worker.actor.micro_batch_size_per_device_for_update", 4),
     same("worker.actor.micro_batch_size_per_device_for_experience", 16),
     same("worker.actor.max_grad_norm", 1.0),
-    same("worker.actor.loss_avg_mode", "token"),
+    Rule(
+        {"worker.actor.loss_avg_mode": "token"},
+        lambda old: {"worker.actor.loss_avg_mode": old["worker.actor.loss_avg_mode"]},
+        differs=lambda old: (
+            "every mean of a loss is taken over all rows of an update, theirs over the rows of each micro-batch of a rank, "
+            "so that it depends on its size; that cannot be had here"
+        ),
+    ),
     same("worker.actor.ppo_epochs", 1),
     no_effect("worker.actor.padding_free", True, "how rows are padded changes no result"),
     no_effect(
@@ -256,10 +286,12 @@ ACTOR = [
     # Upstream's default is true; code from the hub runs here only where somebody asks for it.
     same("worker.actor.model.trust_remote_code", False),
     same("worker.actor.model.freeze_vision_tower", False),
-    same(f"{LORA}.rank", 0),
-    same(f"{LORA}.alpha", 16),
-    # Of the language model, as the run says at start; upstream's all-linear has the vision tower's layers as well.
-    renamed(f"{LORA}.target_modules", f"{LORA}.target_modules", "all-linear", _lora_targets),
+    Rule(
+        {f"{LORA}.rank": 0, f"{LORA}.alpha": 16, f"{LORA}.target_modules": "all-linear", f"{LORA}.exclude_modules": None},
+        _lora,
+        differs=_lora_differs,
+        plain={f"{LORA}.{name}": f"{LORA}.{name}" for name in ("rank", "alpha", "target_modules")},
+    ),
     same("worker.actor.optim.lr", 1e-6),
     same("worker.actor.optim.betas", [0.9, 0.999]),
     same("worker.actor.optim.weight_decay", 1e-2),

@@ -131,6 +131,11 @@ def _check_saving(config: Config) -> None:
 def _check_optimizers(config: Config) -> None:
     for role in ("actor", "critic"):
         part = getattr(config.worker, role)
+        if not 0 <= part.optim.lr_warmup_ratio <= 1 or part.optim.lr_warmup_steps < 0:
+            raise ValueError(
+                f"worker.{role}.optim: lr_warmup_ratio={part.optim.lr_warmup_ratio} is a share from 0 to 1 of all "
+                f"updates, and lr_warmup_steps={part.optim.lr_warmup_steps} a number of them"
+            )
         if part.optim.strategy == OptimStrategy.adamw_bf16 and part.fsdp.compute_dtype == ComputeDtype.float32:
             raise ValueError(
                 f"worker.{role}.optim.strategy=adamw_bf16 keeps weights in bfloat16, which worker.{role}.fsdp."

@@ -62,7 +62,7 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW. The warm-up is linear, over `lr_warmup_steps` optimizer updates."""
+    """AdamW. The warm-up is linear, over `lr_warmup_steps` optimizer updates, or over the share `lr_warmup_ratio` of all."""
 
     strategy: OptimStrategy = OptimStrategy.adamw
     lr: float = 1e-6
@@ -70,6 +70,7 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 1e-2
     lr_warmup_steps: int = 0
+    lr_warmup_ratio: float = 0.0
     lr_scheduler_type: LRSchedule = LRSchedule.constant
     min_lr_ratio: float = 0.0
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import glob
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,10 @@ from dataclasses import dataclass, replace
 
 import pyarrow as pa
 from datasets import Dataset, load_dataset, load_from_disk
+
+from verl.data.splits import split_files
+
+logger = logging.getLogger(__name__)
 
 LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` writes, of one split and of several
@@ -46,7 +50,8 @@ class Rows:
 def open_rows(reference: str, key: str, required: Mapping[str, str], optional: Sequence[str] = ()) -> Rows:
     """Open comma-separated files, folders and hub names, each optionally with `@split` and `*weight`.
 
-    Only the columns that are named are kept; a file without an `optional` one has none of it. Images stay undecoded.
+    Of a folder and of a dataset on the hub, `@split` is read, by default `train`: a folder is read as its name on the hub
+    would be. Only the columns that are named are kept; a file without an `optional` one has none of it. Images stay undecoded.
 
     Args:
         required: of each column that every file must have, what asks for it, for errors.
@@ -61,6 +66,11 @@ def open_rows(reference: str, key: str, required: Mapping[str, str], optional: S
         if not weight:
             raise ValueError(f"{key}: '{part}' has the weight 0; leave it out")
         for source, dataset in _open_one(found[1] if found else part, key):
+            if any(os.path.realpath(source.name) == os.path.realpath(other.name) for other in sources):
+                raise ValueError(
+                    f"{key}: '{source.name}' is named twice, and its rows would get the same responses twice: "
+                    f"'{source.name}*2' gives each row two sets of its own"
+                )
             if not len(dataset):
                 raise ValueError(f"{key}: '{source.name}' has no rows")
             sources.append(replace(source, weight=weight))
@@ -94,19 +104,35 @@ def _open_one(reference: str, key: str) -> list[tuple[Source, Dataset]]:
     path, _, split = reference.partition("@")
     split = split or "train"
     if os.path.isfile(path):
+        if split != "train":
+            raise ValueError(f"{key}: '{reference}' asks for a split of a file, which has none")
         return [_open_file(path, key)]
     if os.path.isdir(path):
         if any(os.path.isfile(os.path.join(path, name)) for name in SAVED):
             return [_from_hub_or_disk(path, split, key, reference)]
-        files = sorted(f for f in glob.glob(os.path.join(path, "**", "*"), recursive=True) if _suffix(f) in LOADERS)
-        if "@" in reference:
-            files = [f for f in files if os.path.basename(f).startswith(split)]
-        if not files:
-            raise FileNotFoundError(f"{key}: the folder '{path}' has no {', '.join(LOADERS)} file ('{reference}')")
-        return [_open_file(file, key) for file in files]
+        return [_open_file(file, key) for file in _files_of(path, split, key, reference)]
     if _suffix(path) in LOADERS or path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise FileNotFoundError(f"{key}: there is no file or folder '{os.path.abspath(path)}'")
     return [_from_hub_or_disk(path, split, key, reference)]
+
+
+def _files_of(folder: str, split: str, key: str, reference: str) -> list[str]:
+    try:
+        splits = split_files(folder, list(LOADERS))
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{key}='{reference}': {error}") from error
+    if not splits:
+        raise FileNotFoundError(f"{key}: the folder '{folder}' has no {', '.join(LOADERS)} file ('{reference}')")
+    if split not in splits:
+        known = ", ".join(f"{name} ({len(files)} file(s))" for name, files in splits.items())
+        raise ValueError(
+            f"{key}: the folder '{folder}' has no split '{split}' ('{reference}'); it has {known}: write "
+            f"{folder}@{next(iter(splits))}, or name the files"
+        )
+    names = ", ".join(os.path.relpath(file, folder) for file in splits[split])
+    others = ", ".join(name for name in splits if name != split)
+    logger.info("%s: split '%s' of %s is %s%s", key, split, folder, names, f" (others: {others})" if others else "")
+    return splits[split]
 
 
 def _from_hub_or_disk(path: str, split: str, key: str, reference: str) -> tuple[Source, Dataset]:
@@ -122,7 +148,8 @@ def _from_hub_or_disk(path: str, split: str, key: str, reference: str) -> tuple[
             if not os.path.isdir(path)
             else f"{key}: the folder '{reference}', which `save_to_disk` has written, does not load: {error}"
         ) from error
-    return Source(path, len(dataset), 1.0, dataset._fingerprint), dataset
+    name = path if split == "train" else f"{path}@{split}"  # it is part of its rows' names: splits must differ
+    return Source(name, len(dataset), 1.0, dataset._fingerprint), dataset
 
 
 def _open_file(path: str, key: str) -> tuple[Source, Dataset]:

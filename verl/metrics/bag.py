@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -25,8 +26,9 @@ class MetricBag:
         self.add(name, torch.where(mask.bool(), values, 0.0).double().sum().item(), mask.sum().item())
 
     def add_max(self, name: str, value: float) -> None:
-        """Keep `value` if it is the largest so far."""
-        self.maxima[name] = max(self.maxima.get(name, float("-inf")), float(value))
+        """Keep `value` if it is the largest so far, or not a number, which then stays."""
+        kept, value = self.maxima.get(name, float("-inf")), float(value)
+        self.maxima[name] = kept if math.isnan(kept) or kept >= value else value
 
     def merge(self, other: MetricBag) -> MetricBag:
         """Add everything in `other`; returns self."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from verl.algorithms.losses.term import LOSS_TERMS, Columns, TermKind, TermOutput
+from verl.columns import is_view_rows
 from verl.config.algorithm import LossAverage, LossTermConfig
 from verl.metrics.bag import MetricBag
 
@@ -28,9 +29,16 @@ class LossTerm:
     def requires(self) -> tuple[str, ...]:
         return self.kind.requires(self.config)
 
-    def counted(self, mask: torch.Tensor) -> torch.Tensor:
-        """[B] how many tokens of each response the term's mean is taken over; `mask` [B, T]."""
-        return self.kind.counted(self.config, mask)
+    def counted(self, columns: Columns) -> torch.Tensor:
+        """[B] how many tokens of each response the term's mean is taken over."""
+        return self.kind.counted(self.config, columns)
+
+    def observed(self, columns: Columns) -> torch.Tensor:
+        """[B] how many of those the term has a value for: none in a row that its view does not cover."""
+        counted = self.counted(columns)
+        for name in filter(is_view_rows, self.requires):
+            counted = counted * columns[name]
+        return counted
 
     def coef(self, step: int, total_steps: int) -> float:
         """The coefficient in step `step`, counted from 1."""
@@ -87,7 +95,8 @@ def compute_losses(
 ) -> dict[str, torch.Tensor]:
     """Each term's signed, weighted share of the loss, as name -> scalar; the loss is their sum.
 
-    Token sums of every term's values and further metrics are added to `metrics`. A term with coefficient 0 is
+    Token sums of every term's values and further metrics are added to `metrics`: the mean of a view's term is that over
+    the rows which the view covers, while its loss counts all. A term with coefficient 0 is
     computed for its metric alone and left out of the result.
 
     Args:
@@ -97,6 +106,7 @@ def compute_losses(
         coefs: coefficients in this step, by name; by default those of the config.
     """
     losses = {}
+    columns = {**columns, "response_mask": mask}
     for term in terms:
         with torch.set_grad_enabled(torch.is_grad_enabled() and term.config.coef != 0):
             output = term.kind.function(columns, term.config)
@@ -106,13 +116,12 @@ def compute_losses(
                 f"loss term '{term.name}' returned values of shape {tuple(output.values.shape)}; a term returns "
                 f"one value per token, {tuple(mask.shape)}, and leaves the reduction to the framework"
             )
-        counted = term.counted(mask)
         total = torch.where(mask.bool(), output.values.detach(), 0.0).double().sum()
-        metrics.add(term.metric, total.item(), counted.sum().item())
+        metrics.add(term.metric, total.item(), term.observed(columns).sum().item())
         for name, values in output.metrics.items():
             metrics.add_tokens(f"actor/{name}", values.detach(), mask)
         if term.config.coef != 0:
-            share = reduce_values(output.values, mask, counted, average, denominators[term.name])
+            share = reduce_values(output.values, mask, term.counted(columns), average, denominators[term.name])
             coef = term.config.coef if coefs is None else coefs[term.name]
             losses[term.name] = term.kind.sign * coef * share
     return losses

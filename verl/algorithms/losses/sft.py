@@ -17,10 +17,18 @@ class SFTTermConfig(LossTermConfig):
     kind: str = "sft"
 
 
-@loss_term("sft", SFTTermConfig, requires=("log_probs", "accuracy"))
-def sft(columns: Columns, config: SFTTermConfig) -> torch.Tensor:
-    """-log pi per token of responses whose reward component `accuracy` is above 1/2, 0 elsewhere, minimised.
+def _correct(columns: Columns) -> torch.Tensor:
+    return columns["accuracy"] > 0.5
 
-    The mean is over all tokens, so that a batch with few correct responses pulls less and not more on each.
+
+def _counted(config: SFTTermConfig, columns: Columns) -> torch.Tensor:
+    return columns["response_mask"].sum(-1) * _correct(columns)
+
+
+@loss_term("sft", SFTTermConfig, requires=("log_probs", "accuracy"), counted=_counted)
+def sft(columns: Columns, config: SFTTermConfig) -> torch.Tensor:
+    """-log pi per token of responses whose reward component `accuracy` is above 1/2, minimised.
+
+    The mean is over the tokens of those responses, as in PAPO's released code; without one the term is 0.
     """
-    return torch.where(columns["accuracy"][:, None] > 0.5, -columns["log_probs"], 0.0)
+    return torch.where(_correct(columns)[:, None], -columns["log_probs"], 0.0)

@@ -33,8 +33,8 @@ class TermKind:
 
     `requires` names the columns it reads, or computes them from the term's config. `sign` is +1 where the
     term's values are minimised and -1 where they are maximised: a coefficient in a config is then always
-    positive, and the logged metric is always the natural quantity. `counted` gives, from config and mask [B, T],
-    how many tokens [B] of each response the mean is taken over; the values of all others are 0.
+    positive, and the logged metric is always the natural quantity. `counted` gives, from config and columns, how
+    many tokens [B] of each response the mean is taken over; the values of all others are 0.
     """
 
     name: str
@@ -43,14 +43,14 @@ class TermKind:
     requires: Callable[[Any], tuple[str, ...]]
     sign: float
     metric: str | None
-    counted: Callable[[Any, torch.Tensor], torch.Tensor]
+    counted: Callable[[Any, Columns], torch.Tensor]
 
 
 LOSS_TERMS: Registry[TermKind] = Registry("loss term")
 
 
-def _all(config: Any, mask: torch.Tensor) -> torch.Tensor:
-    return mask.sum(-1)
+def _all(config: Any, columns: Columns) -> torch.Tensor:
+    return columns["response_mask"].sum(-1)
 
 
 def loss_term(
@@ -59,7 +59,7 @@ def loss_term(
     requires: tuple[str, ...] | Callable[[Any], tuple[str, ...]],
     maximize: bool = False,
     metric: str | None = None,
-    counted: Callable[[Any, torch.Tensor], torch.Tensor] | None = None,
+    counted: Callable[[Any, Columns], torch.Tensor] | None = None,
 ) -> Callable[[TermFunction], TermFunction]:
     """Decorator: register a pure function `(columns, config) -> [B, T] values` as the loss term `name`.
 
@@ -69,7 +69,8 @@ def loss_term(
         requires: the columns it reads. Columns that no pass has to compute (`response_mask`, `advantages`) may
             be named too.
         maximize: its values are subtracted from the loss instead of added.
-        counted: for a term that takes part of the tokens, (config, mask [B, T]) -> [B] how many of each response.
+        counted: for a term that takes part of the tokens, (config, columns) -> [B] how many of each response. It reads
+            `response_mask` and columns that are there before the update: the count is over the whole mini-batch.
         metric: the metric's name under `actor/`; by default the name that the term has in the config.
     """
     from verl.config.store import store_option

@@ -109,15 +109,17 @@ class DataParallelActor:
                 metrics.add(f"actor/coef/{term.name}", coefs[term.name])
         for epoch in range(self.config.ppo_epochs):
             for number, mini_batch in enumerate(batch.chunk(num_mini_batches)):
-                denominators = self._count(mini_batch["response_mask"])
+                denominators = self._count(mini_batch)
                 for rows in mini_batch.split(self.config.micro_batch_size_per_device_for_update):
                     self._backward(rows, denominators, temperature, metrics, coefs, first=epoch == number == 0)
                 self.step(metrics, self.nonfinite_terms)
         return metrics
 
-    def _count(self, mask: torch.Tensor) -> dict[str, Denominators]:
+    def _count(self, mini_batch: DataProto) -> dict[str, Denominators]:
         """What each term counts in the mini-batch over all ranks, and every micro-batch divides by."""
-        counts = torch.stack([Denominators.count(c) for c in (mask.sum(-1), *(t.counted(mask) for t in self.terms))])
+        columns = dict(mini_batch.tensors.items())
+        counted = [mini_batch["response_mask"].sum(-1), *(term.counted(columns) for term in self.terms)]
+        counts = torch.stack([Denominators.count(count) for count in counted])
         counts = counts.to(self.device)
         dist.all_reduce(counts)
         names = [ALL, *(term.name for term in self.terms)]

@@ -34,13 +34,15 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, total_
 def lr_factor(config: OptimConfig, total_updates: int) -> Callable[[int], float]:
     """Update number (from 0) -> factor on `lr`: linear warm-up, then constant or a half cosine to `min_lr_ratio`."""
 
+    warmup = config.lr_warmup_steps or int(config.lr_warmup_ratio * total_updates)
+
     def factor(update: int) -> float:
-        if update < config.lr_warmup_steps:
-            return (update + 1) / (config.lr_warmup_steps + 1)
+        if update < warmup:
+            return (update + 1) / (warmup + 1)
         if config.lr_scheduler_type == LRSchedule.constant:
             return 1.0
-        length = max(1, total_updates - config.lr_warmup_steps)
-        progress = min(1.0, (update - config.lr_warmup_steps) / length)
+        length = max(1, total_updates - warmup)
+        progress = min(1.0, (update - warmup) / length)
         return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return factor
