@@ -4,7 +4,8 @@
 
 A variant is a preset, or "NAME: PRESET key=value ..." for a preset with overrides of its own. Each is trained on the
 quickstart's digits (run `bash scripts/quickstart.sh` once before) or, with `--task NAME`, on configs/task/NAME.yaml.
-Finished runs in the output folder are kept: after an interruption, or with more seeds, only the missing ones run.
+Finished runs in the output folder are kept: after an interruption, or with more seeds, only the missing ones run. What
+was made by other code (verl, papo, configs, examples) or from other data is made anew.
 
 Prints, and writes to results.json, the validation accuracy after training: mean over seeds and its 95 % interval
 (Student's t), and the difference to the first variant, paired by seed. curves.png has the training curves; a dotted
@@ -14,6 +15,8 @@ line is where the watchdog first spoke.
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
 import json
 import logging
 import os
@@ -39,6 +42,7 @@ from verl.utils.files import atomic_path  # noqa: E402
 
 logger = logging.getLogger("compare")
 SMOOTHING = 5  # steps
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -73,11 +77,22 @@ class Variant:
         return out / re.sub(r"[^\w.-]+", "_", self.name) / f"seed{seed}"
 
 
+@functools.cache
+def code_digest() -> str:
+    """A digest of all files that a run's numbers follow from, besides its command."""
+    digest = hashlib.sha256()
+    for folder in ("verl", "papo", "configs", "examples", "outputs/quickstart_assets"):
+        for path in sorted(p for p in (REPOSITORY / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts):
+            digest.update(f"{path.relative_to(REPOSITORY)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
 def train(variant: Variant, seed: int, arguments: list[str], out: Path) -> None:
     """One run in a process of its own, or nothing where the same command has finished before. Raises RuntimeError."""
     folder = variant.folder(out, seed)
     record, log = folder.with_suffix(".command.json"), folder.with_suffix(".log")
-    if record.is_file() and json.loads(record.read_text()) == arguments:
+    made_by = {"arguments": arguments, "code": code_digest()}
+    if record.is_file() and json.loads(record.read_text()) == made_by:
         return
     record.unlink(missing_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +101,7 @@ def train(variant: Variant, seed: int, arguments: list[str], out: Path) -> None:
     if done.returncode != 0:
         raise RuntimeError(f"'{variant.name}' with seed {seed} failed with exit code {done.returncode}: see {log}")
     with atomic_path(str(record)) as temporary:
-        Path(temporary).write_text(json.dumps(arguments))
+        Path(temporary).write_text(json.dumps(made_by))
 
 
 def train_all(variants: list[Variant], options: argparse.Namespace) -> None:

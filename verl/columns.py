@@ -43,7 +43,7 @@ COLUMNS: dict[str, Column] = {
     "input_ids": Column("B L", torch.int64, "trainer", "passes, actor", "prompt and response"),
     "attention_mask": Column("B L", torch.int64, "trainer", "passes, actor", "1 on every real token"),
     "position_ids": Column("B 3 L", torch.int64, "trainer", "passes, actor", "mRoPE positions"),
-    "old_log_probs": Column("B R", torch.float32, "passes", "policy term", "of the policy that begins the step"),
+    "old_log_probs": Column("B R", torch.float32, "passes", "policy term", "of the policy that drew the response"),
     "ref_log_probs": Column("B R", torch.float32, "passes", "ref_kl term, reward", "of the frozen reference"),
     "baseline_scores": Column("B", torch.float32, "collect", "remax", "reward of the prompt's greedy response, or NaN"),
     "rewards": Column("B R", torch.float32, "advantages", "advantage", "score at the last token, less a KL"),

@@ -1,8 +1,8 @@
 """DAPO's reward: +1 for the right answer, -1 otherwise, and less for responses that are too long.
 
 The framework shapes any reward alike with `algorithm.overlong_buffer` and `algorithm.overlong_penalty`; the arguments
-here are those of old configs. Use one of the two, or long responses pay twice. Only a line "Answer: ..." counts, compared by
-Minerva's rule; `math.py` reads \\boxed{} and compares as mathematics.
+here are those of old configs. Use one of the two, or long responses pay twice. Only a line "Answer: ..." counts,
+compared by Minerva's rule; `math.py` reads \\boxed{} and compares as mathematics.
 """
 
 from __future__ import annotations

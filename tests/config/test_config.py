@@ -142,6 +142,11 @@ def test_unknown_presets_and_missing_values_are_named():
         (["worker.rollout.temperature=0"], "worker.rollout.temperature=0.0: a value above 0"),
         (["worker.rollout.top_p=1.5"], "worker.rollout.top_p=1.5"),
         (["worker.rollout.top_k=0"], "worker.rollout.top_k=0"),
+        (
+            ["worker.rollout.val_override_config.temperature=0", "worker.rollout.val_override_config.n=4"],
+            "val_override_config.temperature=0 takes the likeliest token, so its n=4 .*val_override_config.n=1",
+        ),
+        (["worker.actor.optim.lr_warmup_ratio=1.5"], "worker.actor.optim: lr_warmup_ratio=1.5 is a share"),
         (["worker.actor.micro_batch_size_per_device_for_update=0"], "for_update=0: a value above 0"),
         (["worker.actor.model.lora.rank=-1"], "lora.rank=-1: 1 or more, or 0"),
         (["worker.actor.model.lora.alpha=0"], "lora.alpha=0: a value above 0"),

@@ -81,13 +81,13 @@ def expected(old: dict[str, Any]) -> dict[str, Any]:
     kl = None if old["algorithm.disable_kl"] else old["algorithm.kl_coef"]
     in_loss = old["algorithm.use_kl_loss"]
     clips = {"low": 0.2, "high": 0.3, "dual": 3.0}
-    policy = {"default": "policy", "cispo": "cispo", "gspo_token": "gspo"}[
-        old.get("worker.actor.loss_type", "default")
-    ]
+    policy = {"default": "policy", "cispo": "cispo", "gspo_token": "gspo"}[old.get("worker.actor.loss_type", "default")]
     values = {key: old[key] for key in SAME}
     values |= {f"algorithm.terms.policy.clip_ratio_{n}": old.get(f"worker.actor.clip_ratio_{n}", d)
                for n, d in clips.items() if n != "dual" or policy == "policy"}  # fmt: skip
-    values |= {f"worker.rollout.val_override_config.{n}": v for n, v in old["worker.rollout.val_override_config"].items()}
+    values |= {
+        f"worker.rollout.val_override_config.{n}": v for n, v in old["worker.rollout.val_override_config"].items()
+    }
     return values | {
         "algorithm.terms.policy.kind": policy,
         "algorithm.terms.ref_kl.coef": kl if in_loss else None,
@@ -144,7 +144,9 @@ def test_what_is_not_as_there_is_said_in_a_line_with_the_way_to_theirs(config_fi
         translated("qwen3_4b_math_grpo_lora", config_file)
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [line for line in lines if line.startswith("not as in EasyR1 and PAPO: ./examples/format_prompt/math.jinja")]
-    assert any("give the file of that name in a checkout of EasyR1 or PAPO as data.format_prompt" in line for line in lines)
+    assert any(
+        "give the file of that name in a checkout of EasyR1 or PAPO as data.format_prompt" in line for line in lines
+    )
     assert any("theirs over the rows of each micro-batch" in line for line in lines)
     assert not any("lora" in line for line in lines)  # its config leaves the vision tower out, as it is here
     assert "offload_params=true: weights and states stay on the GPU between the phases" in caplog.text
@@ -155,4 +157,6 @@ def test_what_is_not_as_there_is_said_in_a_line_with_the_way_to_theirs(config_fi
     assert any("worker.actor.model.lora.vision_tower=true those of the vision tower as well" in line for line in lines)
     assert not any("wording" in line for line in lines)
     with pytest.raises(ValueError, match="lora.exclude_modules=lm_head.*trained in worker.*lora.target_modules"):
-        compose_legacy(config_file, ["worker.actor.model.lora.rank=8", "worker.actor.model.lora.exclude_modules=lm_head"])
+        compose_legacy(
+            config_file, ["worker.actor.model.lora.rank=8", "worker.actor.model.lora.exclude_modules=lm_head"]
+        )

@@ -136,7 +136,7 @@ def test_an_optimizer_in_main_memory_is_asked_for_by_its_own_key_alone(role, cap
     with caplog.at_level(logging.INFO, logger="verl"):
         worker = compose_legacy("examples/config.yaml", parked).worker
     assert not worker.actor.fsdp.cpu_offload and not worker.ref.fsdp.cpu_offload
-    assert f"offload_optimizer=true: weights and states stay on the GPU between the phases of a step" in caplog.text
+    assert "offload_optimizer=true: weights and states stay on the GPU between the phases of a step" in caplog.text
     assert f"worker.{role}.fsdp.cpu_offload=true keeps them in main memory" in caplog.text
     line = [f"worker.{role}.fsdp.enable_cpu_offload=true", "worker.actor.optim.strategy=adamw_bf16"]
     worker = compose_legacy("examples/config.yaml", line).worker

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import time
+import tempfile
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from verl.single_controller.resources import plan_layout
 from verl.single_controller.rollout_group import RolloutGroup
 from verl.single_controller.worker_group import ActorGroup
 from verl.workers.rollout.base import SamplingParams
+from verl.workers.rollout.worker import RolloutWorker
 
 # Prompts with no, one and two images.
 MIXED = [row(), row("How much is 1+1? Think.", images=0), row("<image>+<image>", images=2, width=84), row("<image>?")]
@@ -95,12 +97,27 @@ def requests(count: int, **changes) -> list[SamplingParams]:
 
 
 def kill_one_while_it_generates(cluster: Cluster, prompts: DataProto, sampling: list[SamplingParams]) -> DataProto:
-    """The responses, where replica 1 gets a SIGKILL in the middle of them."""
+    """The responses, where replica 1 gets a SIGKILL when it has generated its share and not yet answered."""
     process = cluster.rollout.process_ids()[1]
-    rollout = cluster.rollout.generate(prompts, sampling)
-    time.sleep(0.5)
+    with tempfile.TemporaryDirectory() as folder:
+        begun = Path(folder) / "begun"
+        ray.get(cluster.rollout.replicas[1].__ray_call__.remote(_never_answer, begun))
+        rollout = cluster.rollout.generate(prompts, sampling)
+        while not begun.exists():
+            assert not ray.wait([rollout.answers[1]], timeout=0.01)[0], ray.get(rollout.answers[1])
     os.kill(process, signal.SIGKILL)
-    unfinished = ray.wait([rollout.answers[1]], timeout=0)[1]
     result = cluster.rollout.result(rollout)
-    assert unfinished and cluster.rollout.process_ids()[1] != process
+    assert cluster.rollout.process_ids()[1] != process
     return result
+
+
+def _never_answer(worker: RolloutWorker, begun: Path) -> None:
+    generate = worker.engine.generate
+
+    def gated(prompts: DataProto, sampling: list[SamplingParams]) -> DataProto:
+        generate(prompts, sampling)
+        begun.touch()
+        threading.Event().wait()
+        raise AssertionError("it was to be killed")
+
+    worker.engine.generate = gated

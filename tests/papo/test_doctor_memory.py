@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, Qwen2_5_VLVisionBlock
 
@@ -279,16 +281,42 @@ def kept(forward, module: torch.nn.Module) -> int:
 
 
 def peak(function, module: torch.nn.Module) -> int:
-    """Largest number of bytes that were allocated at one time, gradients of the parameters left out."""
+    """Largest number of bytes in tensors that were alive at one time, gradients of the parameters left out."""
     function()  # gradients of parameters and inputs exist from here on
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with LiveBytes() as live:
         function()
-    now = most = 0
-    for event in found.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
+    return live.most
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operators return, for as long as they live. What a kernel allocates for itself depends
+    on the processor, and is not counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, weakref.ref] = {}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        before = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        found = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in before:
+                self.add(tensor.untyped_storage())
+        return found
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self.alive:
+            return
+
+        def end(_: weakref.ref) -> None:
+            del self.alive[key]
+            self.now -= size
+
+        self.alive[key] = weakref.ref(storage, end)
+        self.now += size
+        self.most = max(self.most, self.now)
 
 
 def overrides(*more: str) -> list[str]:

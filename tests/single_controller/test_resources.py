@@ -100,3 +100,14 @@ def test_the_carrier_follows_from_where_engines_and_trainer_are():
 def test_all_kinds_of_workers_fit_on_one_gpu():
     shares = (resources.ACTOR_SHARE, resources.REFERENCE_SHARE, resources.CRITIC_SHARE, resources.ROLLOUT_SHARE)
     assert sum(round(share * 10_000) for share in shares) <= 10_000  # as Ray counts them
+
+
+def test_workers_get_settings_of_the_driver_and_no_secret(monkeypatch):
+    """Ray keeps a job's environment and shows it to whoever may look at the dashboard."""
+    asked = {}
+    monkeypatch.setattr(resources.ray, "init", lambda **options: asked.update(options))
+    for name in ("HF_HOME", "HF_TOKEN", "NCCL_DEBUG"):
+        monkeypatch.setenv(name, "x")
+    resources.start_ray(plan_layout(TrainerConfig(n_gpus_per_node=1, device=Device.cpu), RolloutConfig()))
+    passed_on = asked["runtime_env"]["env_vars"]
+    assert passed_on["HF_HOME"] == passed_on["NCCL_DEBUG"] == "x" and "HF_TOKEN" not in passed_on

@@ -14,9 +14,11 @@ from PIL import Image
 from tests.conftest import REPOSITORY
 from tests.fakes.pins import setup_values
 from verl.config.config import Config
+from verl.config.worker import RewardFunctionConfig
 from verl.tracking import TRACKERS, Tracker, Trackers, check_trackers
 from verl.tracking.registry import is_installed
 from verl.tracking.run_info import flat_settings, read_run_id, settings, write_run_id
+from verl.trainer.run_dir import RunDir
 
 PACKAGED = [name for name in TRACKERS if TRACKERS[name].package]
 ROWS = [
@@ -236,6 +238,25 @@ def test_settings_are_plain_values_and_a_run_keeps_its_id(tmp_path):
     plain, flat = settings(config("jsonl")), flat_settings(config("jsonl"))
     assert json.loads(json.dumps(plain)) == plain and plain["trainer"]["device"] == "auto"
     assert flat["trainer.seed"] == 1 and flat["trainer.logger"] == "['jsonl']" and flat["trainer.max_steps"] == "None"
+    secret = RewardFunctionConfig("a.py:f", {"api_key": "s3cret", "judge": {"auth_token": "s3cret"}, "max_tokens": 5})
+    own = config("jsonl")
+    own.worker.reward.reward_function_kwargs = {"password": "s3cret", "format_weight": 0.1, "token": None}
+    own.worker.reward.extra = {"judge": secret}
+    own.worker.rollout.engine_kwargs = {"hf_token": "s3cret", "seed": 3}
+    hidden = settings(own)
+    assert "s3cret" not in json.dumps(hidden) and "s3cret" not in json.dumps(flat_settings(own))
+    assert hidden["worker"]["reward"]["reward_function_kwargs"] == {
+        "password": "***",
+        "format_weight": 0.1,
+        "token": None,
+    }
+    judge = hidden["worker"]["reward"]["extra"]["judge"]["reward_function_kwargs"]
+    assert judge == {"api_key": "***", "judge": {"auth_token": "***"}, "max_tokens": 5}
+    assert hidden["worker"]["rollout"]["engine_kwargs"] == {"hf_token": "***", "seed": 3}
+    assert hidden["data"]["prompt_key"] == "problem"  # a setting of the framework is no secret
+    own.trainer.output_dir = str(tmp_path / "run")
+    RunDir(own)
+    assert "s3cret" not in (tmp_path / "run/config.yaml").read_text()
     assert read_run_id(str(tmp_path), "wandb") is None
     write_run_id(str(tmp_path), "wandb", "abc123")
     assert read_run_id(str(tmp_path), "wandb") == "abc123" and read_run_id(str(tmp_path), "mlflow") is None

@@ -123,6 +123,8 @@ def test_two_steps(built, assets, name):
     if "reward_kl" in name:
         assert first["train/reward_kl_coef"] == 0.1 and last["train/reward_kl"] != 0
         assert (run.reward_kl.coef == 0.1) == (name == "reward_kl")
+    if name == "remax":  # baselines are graded, too, and dapo's dropped groups
+        assert round(first["reward/failed_frac"] * 4 * (3 + 1), 9) % 1 == 0
     if name == "vppo":
         assert last["train/vppo/dependency"] > 0 and 0.3 < last["train/vppo/chosen_fraction"] < 0.6
     failures = [json.loads(line) for line in (reward.parent / "out/reward_failures.jsonl").read_text().splitlines()]

@@ -118,7 +118,13 @@ def test_the_whole_of_it_from_the_command_line(assets, mixed, caplog, tmp_path, 
     monkeypatch.setenv(*ray_uses_it())
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.INFO, logger="verl")
+    reward = tmp_path / "reward.py"  # the first response is not graded
+    reward.write_text(
+        "REWARD_TYPE, calls = 'sequential', []\ndef score(one):\n    calls.append(one)\n    assert len(calls) > 1\n"
+        "    return {'overall': 0.0}\n"
+    )
     micro = [f"worker.actor.micro_batch_size_per_device_for_{what}=3" for what in ("update", "experience")]
+    micro += [f"worker.reward.reward_function={reward}:score", "worker.reward.num_workers=1"]
     main(["--dry-run", "--config-name", "quickstart", *overrides(assets, mixed, *micro, "trainer.n_gpus_per_node=1")])
     said = caplog.text
     assert (
@@ -130,7 +136,8 @@ def test_the_whole_of_it_from_the_command_line(assets, mixed, caplog, tmp_path, 
         and "actor[0]: at most" in said
         and "reference[0]: at most" in said
     )
-    assert [path.name for path in tmp_path.iterdir()] == ["mixed.parquet"]  # nothing is written
+    assert "1 of 3 responses could not be graded" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"mixed.parquet", "reward.py"}  # nothing is written
 
 
 def test_a_full_gpu_is_an_error_that_names_the_keys():

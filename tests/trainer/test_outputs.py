@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from verl.config.config import Config
+from verl.config.worker import RolloutConfig
 from verl.protocol import DataProto
 from verl.tracking.curves import draw_curves
 from verl.trainer.batch_metrics import reward_metrics, rollout_metrics, warn_of_mismatch
@@ -63,7 +64,6 @@ def test_metrics_of_rewards_and_of_engine_against_trainer():
     scores = [{"overall": s, "accuracy": a} for s, a in ((1.0, 1), (0.1, 0), (0.1, 0), (0.1, 0))]
     outcomes = [Outcome(score, None, 0.5) for score in scores] + [Outcome(None, Failure("timeout", "late"), 2.0)]
     metrics = reward_metrics(outcomes, torch.tensor([0, 0, 1, 1, -5]))
-    assert metrics["reward/failed_frac"] == metrics["reward/failed/timeout"] == pytest.approx(0.2)
     assert metrics["timing_s/reward_slowest"] == 2.0
     assert metrics["train/reward"] == pytest.approx(0.325) and metrics["train/accuracy"] == 0.25
     assert metrics["train/groups_without_signal"] == 0.5
@@ -75,22 +75,38 @@ def test_metrics_of_rewards_and_of_engine_against_trainer():
             "weight_version": torch.tensor([4, 4]),
         }
     )
-    metrics = rollout_metrics(batch, max_response_length=3)
+    metrics = rollout_metrics(batch, max_response_length=3, version=4)
     assert metrics["rollout/log_prob_diff_mean"] == pytest.approx(0.1, abs=1e-6)
     assert metrics["rollout/log_prob_diff_max"] == pytest.approx(0.4, abs=1e-6)
     expected = sum(math.exp(d) - 1 - d for d in (-0.1, 0, 0, 0, 0.4)) / 5  # k3, by hand
     assert metrics["rollout/mismatch_kl"] == pytest.approx(expected, abs=1e-7)
     assert metrics["rollout/weight_version"] == 4
     assert metrics["rollout/response_length_mean"] == 2.5 and metrics["rollout/truncated"] == 0.5
+    # A response that waited was drawn from other weights: it says nothing of the engine.
+    batch = batch.with_columns({"weight_version": torch.tensor([3, 4])})
+    metrics = rollout_metrics(batch, max_response_length=3, version=4)
+    assert metrics["rollout/mismatch_kl"] == pytest.approx((math.exp(0.4) - 1.4) / 3, abs=1e-7)
+    assert metrics["rollout/response_length_mean"] == 2.5 and metrics["rollout/weight_version"] == 3.5
+    assert "rollout/mismatch_kl" not in rollout_metrics(batch, max_response_length=3, version=5)
 
 
 def test_an_engine_that_samples_from_another_policy_is_warned_of(caplog):
     metrics = {"rollout/mismatch_kl": 0.3, "rollout/log_prob_diff_max": 2.0, "rollout/weight_version": 4.0}
-    for quiet in ({**metrics, "rollout/mismatch_kl": 0.01}, {}):
-        warn_of_mismatch(quiet, expected=False)
-    warn_of_mismatch(metrics, expected=True)
+    plain, nucleus = RolloutConfig(), RolloutConfig(top_p=0.99)
+    nearly = {**metrics, "rollout/mismatch_kl": 0.025}  # of which a nucleus of 0.99 explains 0.01
+    for quiet, sampling in (
+        ({**metrics, "rollout/mismatch_kl": 0.01}, plain),
+        ({}, plain),
+        (nearly, nucleus),
+        (metrics, RolloutConfig(top_p=0.7)),
+        (metrics, RolloutConfig(top_k=5)),
+        (metrics, RolloutConfig(ignore_eos=True)),
+    ):
+        warn_of_mismatch(quiet, sampling)
     assert not caplog.records
-    warn_of_mismatch(metrics, expected=False)
+    warn_of_mismatch(nearly, plain)
+    warn_of_mismatch(metrics, nucleus)
+    assert "rollout engine and trainer disagree: KL 0.025 nats per token" in caplog.text
     assert "rollout engine and trainer disagree: KL 0.3 nats per token" in caplog.text
 
 

@@ -281,6 +281,15 @@ def test_a_rank_that_cannot_write_is_said_by_all_and_costs_only_that_save(assets
     verify(folder.checkpoint(1))
 
 
+def test_a_checkpoint_is_whole_though_latest_cannot_be_written(tmp_path, monkeypatch, caplog):
+    folder = CheckpointFolder(str(tmp_path / "checkpoints"))
+    Path(folder.begin(1), "trainer.pt").write_text("1")
+    monkeypatch.setattr(folder, "_point_at", lambda name: os.open("/nowhere/latest", os.O_RDONLY))
+    assert folder.commit(1, {"step": 1}, {}) == folder.checkpoint(1) and folder.steps() == [1]
+    assert f"{folder.checkpoint(1)} is whole, but {folder.path}/latest could not be written: " in caplog.text
+    assert verify(folder.checkpoint(1))["step"] == 1
+
+
 def test_the_folder_keeps_the_newest_and_what_it_is_told_to(tmp_path, caplog):
     folder = CheckpointFolder(str(tmp_path / "checkpoints"))
     for step in (1, 2, 3, 4):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 
+import psutil
 import pytest
 
 from verl.config.worker import RewardConfig, RewardFunctionConfig, RewardType
@@ -133,20 +134,20 @@ def test_what_one_sample_does_to_its_grader_costs_only_its_own_score(make, text,
 
 
 def test_the_clock_of_a_sample_counts_its_own_work_alone(make):
-    """Four samples of 1.2 seconds, one process: the last one waits longer than its limit."""
+    """Seven samples of a second, one process: the last one waits longer than its limit."""
     manager = make(
         """
         REWARD_TYPE = "sequential"
 
         def score(reward_input):
-            time.sleep(1.2)
+            time.sleep(1.0)
             return {"overall": 1.0}
         """,
         num_workers=1,
-        timeout_s=2.4,
+        timeout_s=5.0,
     )
-    outcomes = manager.score(inputs_of(*"abcd"))
-    assert all(outcome.score for outcome in outcomes) and all(outcome.seconds < 2.4 for outcome in outcomes)
+    outcomes = manager.score(inputs_of(*"abcdefg"))
+    assert all(outcome.score for outcome in outcomes) and all(1 <= outcome.seconds < 5 for outcome in outcomes)
 
 
 def test_calls_of_an_async_function_overlap_and_its_own_timeouts_are_errors(make):
@@ -230,22 +231,38 @@ def test_plain_numbers_of_numpy_are_numbers(make):
 
 
 def test_too_many_failures_stop_the_run_and_show_a_sample(make):
+    """The share is that of a step or a whole validation, in however many calls, and a few failures are no share."""
     manager = make(SEQUENTIAL, max_failure_frac=0.25)
+    manager.begin(8)
+    assert sum(o.failure is not None for o in manager.score(inputs_of("raise", "raise"))) == 2
     assert sum(o.failure is not None for o in manager.score(inputs_of("raise", "a", "b", "c"))) == 1
     with pytest.raises(RewardError) as caught:
         manager.score(inputs_of("raise", "a", "b", "raise"))
     text = str(caught.value)
-    assert "2 of 4 responses could not be graded (raised 2), more than worker.reward.max_failure_frac=0.25" in text
+    assert "of 10 responses of this step or validation could not be graded (raised " in text
+    assert "more than worker.reward.max_failure_frac=0.25 allows" in text
     assert "KeyError: 'a key that is not there'" in text and "response: 'raise'" in text and "Traceback" in text
-    assert [record["response"] for record in caught.value.failures] == ["raise", "raise"]
+    assert {record["response"] for record in caught.value.failures} == {"raise"}
     assert caught.value.failures[0]["reason"] == "raised"
+    manager.begin(40)
     assert manager.score(inputs_of("a"))[0].score == {"overall": 1.0}  # nothing of the call that was ended is left
+    assert len(manager.score(inputs_of(*["raise"] * 9))) == 9  # of 40, over all calls
+    with pytest.raises(RewardError, match="11 of 40 responses of this step"):
+        manager.score(inputs_of("raise", "raise"))
+
+
+def test_a_step_in_which_nothing_could_be_graded_is_one_too_many(make):
+    manager = make(SEQUENTIAL, max_failure_frac=0.9)
+    manager.begin(2)
+    manager.score(inputs_of("raise"))
+    with pytest.raises(RewardError, match="2 of 2 responses"):
+        manager.score(inputs_of("raise"))
 
 
 def test_a_run_does_not_wait_for_a_grader_that_always_hangs(make):
     """The first failure is one too many: the other thousand are not tried."""
     manager = make(SEQUENTIAL, max_failure_frac=0.0, timeout_s=1.0)
-    with pytest.raises(RewardError, match="1 of 1000 responses could not be graded"):
+    with pytest.raises(RewardError, match="1 of 1000 responses of this step or validation could not be graded"):
         manager.score(inputs_of(*["sleep"] * 1000))
 
 
@@ -328,6 +345,67 @@ os.kill(os.getpid(), signal.SIGKILL)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120)
     # It returns when every holder of the output has closed it, and the grader is one.
     assert int(done.stdout) > 0 and done.returncode == -9
+
+
+def test_what_a_grader_has_started_ends_with_the_process_that_grades(tmp_path):
+    """Children of a grader, and one that spins, whether the worker is killed or only the grader dies."""
+    (tmp_path / "child.py").write_text(
+        "import os, subprocess\nREWARD_TYPE = 'sequential'\n"
+        "def score(one):\n"
+        "    child = subprocess.Popen(['sleep', 'infinity'])\n"
+        "    open(one['response'], 'w').write(str(child.pid))\n"
+        "    os._exit(1) if one['ground_truth'] == 'die' else child.wait()\n"
+    )
+    program = f"""
+import os, signal, sys, time
+from verl.config.worker import RewardConfig
+from verl.workers.reward.manager import RewardManager
+from verl.workers.reward.pool import GraderProcess, Task
+
+def child_of(file):
+    while not (os.path.exists(file) and open(file).read()):
+        time.sleep(0.01)
+    return int(open(file).read())
+
+config = RewardConfig("{tmp_path}/child.py:score", num_workers=1)
+manager = RewardManager(config)
+manager.start()
+manager.begin(9)
+(outcome,) = manager.score([dict(response="{tmp_path}/one", ground_truth="die")])
+print(child_of("{tmp_path}/one"), outcome.failure.detail, flush=True)
+grader = GraderProcess(config)
+grader.connection.recv()
+grader.begin(Task("worker.reward", [0], [dict(response="{tmp_path}/two", ground_truth="")]), 1.0, "")
+print(child_of("{tmp_path}/two"), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    # It returns when every holder of the output has closed it: graders and their children, too.
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=120)
+    one, two = done.stdout.splitlines()
+    assert done.returncode == -9 and one.endswith("its process exited with 1"), done.stderr
+    assert not is_running(int(one.split()[0])) and not is_running(int(two))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_process_that_was_waited_for_is_not_signalled(make, monkeypatch):
+    """Its number may be another's by then, and a whole group would get the signal."""
+    manager = make(SEQUENTIAL)
+    grader = manager.pool.graders[0]
+    os.kill(grader.process.pid, 9)
+    grader.process.wait()
+    signalled = []
+    monkeypatch.setattr(os, "killpg", lambda *arguments: signalled.append(arguments))
+    grader.kill()
+    assert not signalled
+    monkeypatch.undo()
+    manager.pool.graders[0] = GraderProcess(manager.config)
 
 
 def test_an_idle_process_that_was_killed_is_replaced(make):

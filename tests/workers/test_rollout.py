@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from tests.fakes.actors import build_actor, process_group, weights
 from tests.fakes.rollouts import make_batch
@@ -55,6 +57,19 @@ def test_log_probs_of_engine_and_trainer_agree(setup, assets, temperature):
         trainer = compute_log_probs(actor.policy, batch, "", temperature, 5, actor.device)
     difference = (trainer - responses["rollout_log_probs"]).abs()
     assert responses["response_mask"].sum() > 30 and difference.max() < 1e-5
+
+
+def test_a_response_ends_at_every_token_that_the_model_calls_an_end(assets, tmp_path):
+    """Chat models list ends in generation_config.json that their tokenizer does not name."""
+    shutil.copytree(assets / "model", tmp_path / "model")
+    tokenizer = VisionProcessor(str(assets / "model"), 784, 12544).tokenizer
+    other = tokenizer.convert_tokens_to_ids("7")
+    GenerationConfig(eos_token_id=[tokenizer.eos_token_id, other]).save_pretrained(tmp_path / "model")
+    special = load_special_tokens(str(tmp_path / "model"))
+    assert special.eos == (tokenizer.eos_token_id, other)
+    assert VisionProcessor(str(tmp_path / "model"), 784, 12544).special == special
+    (tmp_path / "model/generation_config.json").unlink()
+    assert load_special_tokens(str(tmp_path / "model")).eos == (tokenizer.eos_token_id,)
 
 
 def load(engine, weights: dict, bucket_bytes: int = 10**9) -> int:

@@ -24,7 +24,7 @@ class Requirements:
     the former. `critic`: whether there are values. `baseline`: whether each prompt gets a greedy response.
     `stored_views`: views whose log-probs one pass without gradient computes. `live_views`: views whose forward is part
     of the update. `inert`: names of terms with a non-zero coefficient that no gradient can flow through. `exact`:
-    columns over the whole vocabulary.
+    columns over the whole vocabulary. `accuracy`: the settings that read the reward's component of that name.
     """
 
     old: bool
@@ -36,6 +36,7 @@ class Requirements:
     live_views: tuple[str, ...]
     inert: tuple[str, ...]
     exact: tuple[str, ...]
+    accuracy: tuple[str, ...]
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -103,6 +104,10 @@ def find_requirements(
         live_views=live_views,
         inert=inert,
         exact=exact,
+        accuracy=(
+            *(key for key, columns in (before or {}).items() if "accuracy" in columns),
+            *(f"algorithm.terms.{term.name}" for term in terms if "accuracy" in term.requires),
+        ),
     )
 
 

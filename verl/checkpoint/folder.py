@@ -60,7 +60,8 @@ class CheckpointFolder:
         """Make what was written for `step` the newest checkpoint; returns its path.
 
         `entries` are of files that their writers have sealed; the others are sealed here. Raises OSError, with
-        everything as it was before, where the disk does not take it or a file is not to be seen from here.
+        everything as it was before, where the disk does not take it or a file is not to be seen from here. Where only
+        `latest` cannot be written, that is a warning: the checkpoint is whole, and found by its name.
         """
         unfinished, path = self.unfinished(step), self.checkpoint(step)
         found = files_in(unfinished)
@@ -74,8 +75,11 @@ class CheckpointFolder:
         for folder, _, _ in os.walk(unfinished):
             sync(folder)
         os.rename(unfinished, path)
-        sync(self.path)
-        self._point_at(os.path.basename(path))
+        try:
+            sync(self.path)
+            self._point_at(os.path.basename(path))
+        except OSError as error:
+            logger.warning("%s is whole, but %s/%s could not be written: %s", path, self.path, LATEST, error)
         return path
 
     def abandon(self, step: int) -> None:

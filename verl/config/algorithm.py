@@ -164,7 +164,8 @@ class OldLogProbs(StrEnum):
 
     `recompute`: a pass of the trainer before the updates. `rollout`: the engine's own, without a pass; what engine
     and trainer differ by is then part of the ratio. `auto`: recompute, but where a step has one update its own
-    forward gives them, which is exact and costs nothing.
+    forward gives them, which is exact and costs nothing; and the engine's for responses that waited for this step
+    (`online_filtering`), which older weights have drawn.
     """
 
     auto = "auto"

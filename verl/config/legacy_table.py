@@ -14,8 +14,8 @@ from verl.config.legacy_rule import Changes, Old, Rule, choice, no_effect, only,
 
 STORED = "what weights are kept in follows from worker.actor.optim.strategy, and a reference's from its compute dtype"
 PARKED = (
-    "weights and states stay on the GPU between the phases of a step; where they do not fit, worker.{}.fsdp.cpu_offload="
-    "true keeps them in main memory, where the optimizer's step is much slower"
+    "weights and states stay on the GPU between the phases of a step; where they do not fit, worker.{}.fsdp."
+    "cpu_offload=true keeps them in main memory, where the optimizer's step is much slower"
 )
 LORA = "worker.actor.model.lora"
 TEMPLATES = os.path.join(os.path.dirname(CONFIG_DIR), "examples", "format_prompt")
@@ -267,8 +267,8 @@ ACTOR = [
         {"worker.actor.loss_avg_mode": "token"},
         lambda old: {"worker.actor.loss_avg_mode": old["worker.actor.loss_avg_mode"]},
         differs=lambda old: (
-            "every mean of a loss is taken over all rows of an update, theirs over the rows of each micro-batch of a rank, "
-            "so that it depends on its size; that cannot be had here"
+            "every mean of a loss is taken over all rows of an update, theirs over the rows of each micro-batch of a "
+            "rank, so that it depends on its size; that cannot be had here"
         ),
     ),
     same("worker.actor.ppo_epochs", 1),
@@ -287,7 +287,12 @@ ACTOR = [
     same("worker.actor.model.trust_remote_code", False),
     same("worker.actor.model.freeze_vision_tower", False),
     Rule(
-        {f"{LORA}.rank": 0, f"{LORA}.alpha": 16, f"{LORA}.target_modules": "all-linear", f"{LORA}.exclude_modules": None},
+        {
+            f"{LORA}.rank": 0,
+            f"{LORA}.alpha": 16,
+            f"{LORA}.target_modules": "all-linear",
+            f"{LORA}.exclude_modules": None,
+        },
         _lora,
         differs=_lora_differs,
         plain={f"{LORA}.{name}": f"{LORA}.{name}" for name in ("rank", "alpha", "target_modules")},

@@ -42,8 +42,10 @@ class TrainerConfig:
     With `async_save` training goes on from a copy on the CPU while a checkpoint is written.
     `experiment_name` is by default the preset's name. A folder belongs to one process at a time and to one experiment:
     `resume` is `auto` (go on from the newest whole checkpoint in `output_dir`, where there is one, and refuse to if the
-    model, the terms or the views are others), `never`, or the path of a checkpoint. SIGTERM and SIGINT save a checkpoint and end the run, exit code 0: after the step
-    (`on_signal` finish_step) or at once (stop_now: a step whose updates have not begun is left, and done again later).
+    model, the terms or the views are others), `never`, or the path of a checkpoint.
+
+    SIGTERM and SIGINT save a checkpoint and end the run, exit code 0: after the step (`on_signal` finish_step) or at
+    once (stop_now: a step whose updates have not begun is left, and done again later).
     """
 
     project_name: str = "papo"

@@ -154,6 +154,12 @@ def _check_rollout(config: Config) -> None:
         raise ValueError("worker.rollout.val_override_config.temperature: 0 (the likeliest token) or more is needed")
     if validation.n is not None and validation.n < 1:
         raise ValueError(f"worker.rollout.val_override_config.n={validation.n}: 1 or more is needed")
+    copies = rollout.n if validation.n is None else validation.n
+    if validation.temperature == 0 and copies > 1:
+        raise ValueError(
+            f"worker.rollout.val_override_config.temperature=0 takes the likeliest token, so its n={copies} responses "
+            "to a prompt would be one and the same: set worker.rollout.val_override_config.n=1"
+        )
     if not 0 < rollout.gpu_memory_utilization <= 1:
         raise ValueError(
             f"worker.rollout.gpu_memory_utilization={rollout.gpu_memory_utilization}: a share of the GPU, above 0 and "

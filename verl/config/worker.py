@@ -62,7 +62,7 @@ class ModelConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW. The warm-up is linear, over `lr_warmup_steps` optimizer updates, or over the share `lr_warmup_ratio` of all."""
+    """AdamW. The warm-up is linear, over `lr_warmup_steps` optimizer updates, or the share `lr_warmup_ratio` of all."""
 
     strategy: OptimStrategy = OptimStrategy.adamw
     lr: float = 1e-6
@@ -222,8 +222,8 @@ class RewardConfig(RewardFunctionConfig):
     They run in `num_workers` processes (null: half the cores of the node, from 1 to 8). One response may take
     `timeout_s` of work and a process `max_memory_gb`; a batch function's one call for all may take `batch_timeout_s`.
     An async function has `async_concurrency` calls under way in each process. A response that could not be graded is
-    left out of the update; more than the share `max_failure_frac` of the responses that are graded at one time stop the
-    run.
+    left out of the update; more than the share `max_failure_frac` of the responses of a step, or of a whole validation,
+    stop the run (0: any; else at least 4).
     """
 
     extra: dict[str, RewardFunctionConfig] = field(default_factory=dict)

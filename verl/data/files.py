@@ -50,8 +50,9 @@ class Rows:
 def open_rows(reference: str, key: str, required: Mapping[str, str], optional: Sequence[str] = ()) -> Rows:
     """Open comma-separated files, folders and hub names, each optionally with `@split` and `*weight`.
 
-    Of a folder and of a dataset on the hub, `@split` is read, by default `train`: a folder is read as its name on the hub
-    would be. Only the columns that are named are kept; a file without an `optional` one has none of it. Images stay undecoded.
+    Of a folder and of a dataset on the hub, `@split` is read, by default `train`: a folder is read as its name on the
+    hub would be. Only the columns that are named are kept; a file without an `optional` one has none of it. Images stay
+    undecoded.
 
     Args:
         required: of each column that every file must have, what asks for it, for errors.

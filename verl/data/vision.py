@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig
 from transformers.image_utils import SizeDict
 
 from verl.models.families import SpecialTokens, family_of, positions_of_prompt, special_tokens
@@ -29,7 +29,7 @@ class VisionProcessor:
         self.tokenizer = tokenizer_of(self.processor)
         if self.family.has_vision:
             self.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-        self.special = special_tokens(self.config, self.tokenizer)
+        self.special = special_tokens(self.config, self.tokenizer, load_generation_config(model_path))
 
     @property
     def image_processor(self) -> Any:
@@ -139,6 +139,14 @@ def load_config(model_path: str, trust_remote_code: bool = False) -> Any:
         raise ValueError(f"worker.actor.model.model_path='{model_path}': its config does not load: {error}") from error
 
 
+def load_generation_config(model_path: str) -> GenerationConfig | None:
+    """The model's generation_config.json; None where it has none."""
+    try:
+        return GenerationConfig.from_pretrained(model_path)
+    except OSError:
+        return None
+
+
 def load_processor(model_path: str, trust_remote_code: bool = False) -> Any:
     """The AutoProcessor of a folder or hub name, or, of a text-only model, its AutoTokenizer.
 
@@ -165,4 +173,4 @@ def tokenizer_of(processor: Any) -> Any:
 def load_special_tokens(model_path: str, trust_remote_code: bool = False) -> SpecialTokens:
     """The special token ids of the model in a folder or on the hub."""
     tokenizer = tokenizer_of(load_processor(model_path, trust_remote_code))
-    return special_tokens(load_config(model_path, trust_remote_code), tokenizer)
+    return special_tokens(load_config(model_path, trust_remote_code), tokenizer, load_generation_config(model_path))

@@ -42,7 +42,8 @@ MODALITY_TOKENS = (
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """`banned`: ids that stand for images, video or audio, which a response must never hold."""
+    """`eos`: ids of which each ends a response. `banned`: ids that stand for images, video or audio, which a response
+    must never hold."""
 
     pad: int
     eos: tuple[int, ...]
@@ -57,14 +58,21 @@ def family_of(config: Any) -> Family:
     return FAMILIES[config.model_type]
 
 
-def special_tokens(config: Any, tokenizer: Any) -> SpecialTokens:
-    """The special token ids of a model and its tokenizer."""
+def special_tokens(config: Any, tokenizer: Any, generation: Any = None) -> SpecialTokens:
+    """The special token ids of a model and its tokenizer.
+
+    Args:
+        generation: the model's GenerationConfig, where it has one: chat models list ends there that the tokenizer does
+            not name (<|endoftext|> beside <|im_end|>).
+    """
     vocabulary = tokenizer.get_vocab()
     banned = {vocabulary[token] for token in MODALITY_TOKENS if token in vocabulary}
     banned |= {getattr(config, f"{kind}_token_id", None) for kind in ("image", "video", "audio")} - {None}
     eos = tokenizer.eos_token_id
     pad = tokenizer.pad_token_id
-    return SpecialTokens(pad if pad is not None else eos, (eos,), tuple(sorted(banned)))
+    more = getattr(generation, "eos_token_id", None) or []
+    ends = dict.fromkeys([eos, *(more if isinstance(more, (list, tuple)) else [more])])
+    return SpecialTokens(pad if pad is not None else eos, tuple(ends), tuple(sorted(banned)))
 
 
 def positions_of_prompt(ids: torch.Tensor, image_grid_thw: torch.Tensor | None, config: Any) -> torch.Tensor:

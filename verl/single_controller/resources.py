@@ -20,8 +20,9 @@ logger = logging.getLogger(__name__)
 # Shares of one GPU for the workers that live on it in turn; Ray only counts them, memory is each worker's own.
 ACTOR_SHARE, REFERENCE_SHARE, CRITIC_SHARE, ROLLOUT_SHARE = 0.3, 0.1, 0.3, 0.3
 
-# Worker processes inherit these from the driver.
-PASSED_ON = ("VERL_PLUGINS", "PYTHONPATH", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN", "GLOO_SOCKET_IFNAME")
+# Worker processes on all nodes get these from the driver. No secrets: Ray keeps and shows them. A worker has the
+# HF_TOKEN of the node that it runs on.
+PASSED_ON = ("VERL_PLUGINS", "PYTHONPATH", "HF_HOME", "HF_HUB_OFFLINE", "GLOO_SOCKET_IFNAME")
 PASSED_ON_PREFIXES = ("VLLM_", "NCCL_")
 
 

@@ -32,19 +32,28 @@ class Scoring:
 
 
 class RewardGroup:
-    """The actor whose processes grade. Responses that could not be graded are reported, and written to
-    reward_failures.jsonl in `trainer.output_dir`, with the `step` that the trainer is at."""
-
-    step = 0
+    """The actor whose processes grade. Responses that could not be graded are counted and reported, and written to
+    reward_failures.jsonl in `trainer.output_dir`, with the step that `begin` names."""
 
     def __init__(self, config: Config, layout: Layout) -> None:
         self.file = os.path.join(os.path.abspath(config.trainer.output_dir), FAILURES)
         worker = ray.remote(RewardWorker).options(**actor_options(layout, None, 0, 0, 1, **{WITHOUT_MODEL: "1"}))
         self.worker = worker.remote(config.worker.reward)
+        self.step, self.graded, self.reasons = 0, 0, Counter[str]()
 
     def build(self) -> None:
         """Wait until everything is ready. Raises RewardError where a reward function cannot be loaded."""
         _get(self.worker.ready.remote())
+
+    def begin(self, step: int, expected: int) -> None:
+        """Step `step`, or a validation behind it, begins; it will have `expected` responses or more."""
+        self.step, self.graded, self.reasons = step, 0, Counter()
+        self.worker.begin.remote(expected)
+
+    def failures(self) -> dict[str, float]:
+        """`failed_frac`, and `failed/REASON` for each reason: shares of all that was graded since `begin`."""
+        shares = {f"failed/{reason}": count / self.graded for reason, count in self.reasons.items()}
+        return {"failed_frac": self.reasons.total() / self.graded, **shares}
 
     def start(self, inputs: list[RewardInput]) -> Scoring:
         """Begin to grade; `result` waits for the end."""
@@ -58,6 +67,8 @@ class RewardGroup:
             self._write(error.failures)
             raise
         failed = [(i, o.failure) for i, o in zip(scoring.inputs, outcomes, strict=True) if o.failure]
+        self.graded += len(outcomes)
+        self.reasons.update(failure.reason for _, failure in failed)
         if failed:
             self._write([record(*pair) for pair in failed])
             logger.warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -10,10 +11,28 @@ from omegaconf import OmegaConf
 from verl.config.config import Config
 from verl.utils.files import atomic_path
 
+# Settings of users' own functions, and the names of those that no file and no tracker should show.
+FREE = ("reward_function_kwargs", "engine_kwargs")
+SECRET = re.compile(r"(?:^|.*_)(?:api_?key|key|token|secret|password|passwd|credentials?|authorization)", re.IGNORECASE)
+HIDDEN = "***"
+
 
 def settings(config: Config) -> dict[str, Any]:
-    """The whole config in plain values: dicts, lists, texts, numbers, None."""
-    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    """The whole config in plain values: dicts, lists, texts, numbers, None. What looks like a secret is hidden."""
+    return _without_secrets(OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True), False)
+
+
+def _without_secrets(values: Any, free: bool) -> Any:
+    if isinstance(values, list):
+        return [_without_secrets(value, free) for value in values]
+    if not isinstance(values, dict):
+        return values
+    return {
+        name: HIDDEN
+        if free and value is not None and SECRET.fullmatch(str(name))
+        else _without_secrets(value, free or name in FREE)
+        for name, value in values.items()
+    }
 
 
 def flat_settings(config: Config) -> dict[str, str | int | float | bool]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+import math
 
 import torch
 
 from verl.algorithms.losses.estimators import k3
+from verl.config.worker import RolloutConfig
 from verl.protocol import DataProto
 from verl.workers.reward.base import Outcome
 
@@ -19,7 +20,7 @@ LARGE_MISMATCH = 0.02
 
 def reward_metrics(outcomes: list[Outcome], group: torch.Tensor) -> dict[str, float]:
     """Means of the reward and its components over the responses that were graded, the share of groups that teach GRPO
-    nothing, and how grading went.
+    nothing, and the longest time that grading took.
 
     Args:
         outcomes: one per response, at least one of them with a score.
@@ -35,16 +36,14 @@ def reward_metrics(outcomes: list[Outcome], group: torch.Tensor) -> dict[str, fl
     group = group[kept]
     uniform = [overall[group == g].unique().numel() == 1 for g in group.unique()]
     metrics["train/groups_without_signal"] = sum(uniform) / len(uniform)
-    metrics["reward/failed_frac"] = (len(outcomes) - len(scores)) / len(outcomes)
-    for reason, count in Counter(o.failure.reason for o in outcomes if o.failure).items():
-        metrics[f"reward/failed/{reason}"] = count / len(outcomes)
     metrics["timing_s/reward_slowest"] = max(outcome.seconds for outcome in outcomes)
     return metrics
 
 
-def rollout_metrics(batch: DataProto, max_response_length: int) -> dict[str, float]:
+def rollout_metrics(batch: DataProto, max_response_length: int, version: int) -> dict[str, float]:
     """Response lengths in tokens, and how far engine and trainer are apart, in nats per token: |difference of their
-    log-probs|, and KL(engine || trainer) by the k3 estimate on the engine's own samples."""
+    log-probs|, and KL(engine || trainer) by the k3 estimate on the engine's own samples. The latter over the responses
+    that were drawn from the trainer's own weights, those of `version`; others have waited for this step."""
     mask = batch["response_mask"].bool()
     lengths = mask.sum(dim=1).double()
     metrics = {
@@ -53,7 +52,8 @@ def rollout_metrics(batch: DataProto, max_response_length: int) -> dict[str, flo
         "rollout/truncated": (lengths >= max_response_length).double().mean().item(),
     }
     metrics["rollout/weight_version"] = batch["weight_version"].double().mean().item()
-    if "old_log_probs" in batch:
+    mask = mask & (batch["weight_version"] == version)[:, None]
+    if "old_log_probs" in batch and mask.any():
         rollout, trainer = (batch[name][mask].double() for name in ("rollout_log_probs", "old_log_probs"))
         metrics["rollout/log_prob_diff_mean"] = (trainer - rollout).abs().mean().item()
         metrics["rollout/log_prob_diff_max"] = (trainer - rollout).abs().max().item()
@@ -61,13 +61,15 @@ def rollout_metrics(batch: DataProto, max_response_length: int) -> dict[str, flo
     return metrics
 
 
-def warn_of_mismatch(metrics: dict[str, float], expected: bool) -> None:
+def warn_of_mismatch(metrics: dict[str, float], sampling: RolloutConfig) -> None:
     """Warn where the engine samples from another policy than the trainer trains.
 
-    Nothing is said where that is `expected`: with top-p or top-k, and with responses that waited for this step.
+    Top-p alone makes the KL -log of the mass that it keeps, at most -log(top_p). What top-k and `ignore_eos` leave out
+    has no such bound, so nothing is said with those.
     """
     mismatch = metrics.get("rollout/mismatch_kl", 0.0)
-    if mismatch > LARGE_MISMATCH and not expected:
+    bounded = sampling.top_k <= 0 and not sampling.ignore_eos
+    if bounded and mismatch > LARGE_MISMATCH - math.log(sampling.top_p):
         logger.warning(
             "rollout engine and trainer disagree: KL %.3g nats per token, |difference of log-probs| up to %.3g "
             "(weights version %d). The gradient is then off-policy",

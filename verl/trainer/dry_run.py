@@ -7,6 +7,7 @@ import copy
 import itertools
 import logging
 import math
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from verl.data.checks import count_images
 from verl.data.collate import PromptCollator
 from verl.data.dataset import PromptDataset
 from verl.data.rows import IMAGE_MARKER
+from verl.protocol import DataProto
 from verl.single_controller.resources import start_ray
 from verl.trainer.collect import Collector
 from verl.trainer.plan import Plan
@@ -54,6 +56,12 @@ def dry_run(plan: Plan) -> list[str]:
         plan.sizes.responses_per_prompt,
         plan.config.data.max_response_length,
     )
+    with tempfile.TemporaryDirectory() as folder:  # for the record of responses that could not be graded
+        plan.config.trainer.output_dir = folder
+        return two_steps(plan, prompts)
+
+
+def two_steps(plan: Plan, prompts: DataProto) -> list[str]:
     try:
         start_ray(plan.layout, plan.config.trainer.nnodes)
         workers = Workers.build(plan)

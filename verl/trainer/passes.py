@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from verl.columns import view_column
+from verl.config.algorithm import OldLogProbs
 from verl.metrics.timing import Timings
 from verl.protocol import DataProto
 from verl.trainer.plan import recomputes_old
@@ -15,9 +18,13 @@ def run_passes(batch: DataProto, run: Run, timings: Timings) -> DataProto:
     workers, requirements = run.workers, run.requirements
     tokens = batch.select([*TOKENS, "mm_inputs"])
     found = {}
-    if recomputes_old(run.config, requirements, run.sizes):
+    # Older weights drew the responses that have waited for this step, and only the engine has their log-probs.
+    wanted, waited = run.config.algorithm.old_log_probs, batch["weight_version"] != workers.rollout.version
+    keeps = wanted == OldLogProbs.auto and requirements.old and bool(waited.any())
+    if keeps or recomputes_old(run.config, requirements, run.sizes):
         with timings("old_log_probs"):
-            found["old_log_probs"] = workers.actor.compute_log_probs(tokens)["log_probs"]
+            old = workers.actor.compute_log_probs(tokens)["log_probs"]
+        found["old_log_probs"] = torch.where(waited[:, None], batch["rollout_log_probs"], old) if keeps else old
     if requirements.reference:
         with timings("ref_log_probs"):
             found["ref_log_probs"] = workers.compute_reference_log_probs(tokens)["log_probs"]

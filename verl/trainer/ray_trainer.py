@@ -164,9 +164,8 @@ class RayTrainer:
         """One step, and what follows from it: events, validation, records, a checkpoint."""
         progress = driver.progress
         before = driver.state_dict() if interrupts.stops_now else {}
-        interrupts.begin_step()
-        self.run.workers.reward.step = step
         try:
+            interrupts.begin_step()  # from here on a signal may come as KeyboardInterrupt
             result = run_step(self.run, driver.collector, step, driver.watchdog.scale, interrupts.begin_update)
             interrupts.begin_update()  # a step without rows has not come to it
         except KeyboardInterrupt:
@@ -207,7 +206,7 @@ class RayTrainer:
         return Progress(validations=_for_summary(metrics))
 
     def _validate(self, step: int) -> dict[str, float]:
-        found = validate(self.run, self.plan.val_loader, self.shown_views, self.shown)
+        found = validate(self.run, self.plan.val_loader, step, self.shown_views, self.shown)
         self.run_dir.add_samples(step, "val", found.samples)
         if found.generations:
             self.trackers.log_generations(step, found.generations)

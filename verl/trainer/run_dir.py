@@ -15,6 +15,7 @@ from verl.checkpoint.files import sync
 from verl.config.config import Config
 from verl.single_controller.reward_group import FAILURES
 from verl.tracking.curves import draw_curves
+from verl.tracking.run_info import settings
 from verl.utils.files import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class RunDir:
             logger.info("an earlier run in %s was moved to %s", self.path, aside)
         os.makedirs(self.path, exist_ok=True)
         with atomic_path(self.file("config.yaml")) as temporary:
-            OmegaConf.save(OmegaConf.structured(config), temporary)
+            OmegaConf.save(OmegaConf.create(settings(config)), temporary)
 
     def _go_on_after(self, step: int) -> None:
         for name in sorted(os.listdir(self.path)):

@@ -17,7 +17,7 @@ from verl.trainer.collect import Collector
 from verl.trainer.passes import run_passes
 from verl.trainer.run import Run
 from verl.workers.actor.forward import TOKENS
-from verl.workers.reward.base import Outcome, RewardInput
+from verl.workers.reward.base import Outcome, RewardError, RewardInput
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,9 @@ def run_step(
     """Generate, score, compute log-probs and advantages, update, and give the engines the new weights. `scale`
     multiplies the coefficients of maximised terms; `before_update` is called before the first weight changes."""
     timings = Timings()
+    prompts, per_prompt = run.sizes.prompts_per_step, run.sizes.responses_per_prompt + run.requirements.baseline
+    run.workers.reward.begin(step, prompts * per_prompt)
+    version = run.workers.rollout.version
     with timings("step"):
         with timings("rollout"):
             rows = collector.collect()
@@ -44,6 +47,7 @@ def run_step(
         batch = run_passes(rows.batch, run, timings)  # while the reward scores
         with timings("reward_wait"):
             outcomes = rows.outcomes()
+        check_components(run, outcomes)
         graded, group, found = add_advantages(run, batch, outcomes)
         if before_update is not None:
             before_update()
@@ -54,16 +58,25 @@ def run_step(
         **reward_metrics(outcomes, group),
         **rows.metrics,
         **found,
-        **rollout_metrics(batch, run.config.data.max_response_length),
+        **{f"reward/{name}": share for name, share in run.workers.reward.failures().items()},
+        **rollout_metrics(batch, run.config.data.max_response_length, version),
         **updated,
         **{f"timing_s/{phase}": seconds for phase, seconds in timings.seconds.items()},
         **throughput(batch, timings),
         **host_memory(),
     }
-    sampling = run.config.worker.rollout
-    waited = batch["weight_version"].unique().numel() > 1
-    warn_of_mismatch(metrics, expected=sampling.top_p < 1 or sampling.top_k > 0 or sampling.ignore_eos or waited)
+    warn_of_mismatch(metrics, run.config.worker.rollout)
     return StepResult(metrics, samples(batch, rows.inputs, outcomes, run.config.trainer.samples_per_step))
+
+
+def check_components(run: Run, outcomes: list[Outcome]) -> None:
+    """Raise RewardError where something reads whether a response is right, and the reward does not say it."""
+    known = next((outcome.score for outcome in outcomes if outcome.score is not None), None)
+    if run.requirements.accuracy and known is not None and "accuracy" not in known:
+        raise RewardError(
+            f"{', '.join(run.requirements.accuracy)} read the reward's component 'accuracy', and the reward function "
+            f"returns {', '.join(known)}: let it return 'accuracy' too, 0 or 1"
+        )
 
 
 def update(

@@ -29,17 +29,22 @@ class Validation:
     generations: list[Row] = field(default_factory=list)
 
 
-def validate(run: Run, loader: StatefulDataLoader, views: Mapping[str, ViewConfig], generations: int) -> Validation:
+def validate(
+    run: Run, loader: StatefulDataLoader, step: int, views: Mapping[str, ViewConfig], generations: int
+) -> Validation:
     """Means over all responses that were graded, k for each prompt, with the same seeds each time.
 
     Args:
+        step: the one that is done.
         views: what the thumbnails beside the first response to each of the first `generations` prompts show.
     """
     found = Validation()
     totals: dict[str, float] = {}
     count = graded = length = 0
+    config = run.config
+    override = config.worker.rollout.val_override_config.n
+    run.workers.reward.begin(step, len(loader.dataset) * (override or config.worker.rollout.n))
     for prompts in tqdm(loader, desc="validating", unit="batch", leave=False):
-        config = run.config
         sampling = validation_sampling(config.worker.rollout, config.data.max_response_length, list(prompts["uid"]))
         responses = run.workers.rollout.result(run.workers.rollout.generate(prompts, sampling))
         n = sampling[0].n

@@ -33,8 +33,9 @@ def hold_folder(path: str) -> Iterator[None]:
     while True:
         file = open(lock, "a+", encoding="utf-8")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # A lock of fcntl, not of flock, which forks such as a loader's processes would hold on to.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
@@ -45,13 +46,15 @@ def hold_folder(path: str) -> Iterator[None]:
         if os.path.exists(lock) and os.path.samestat(os.stat(lock), os.fstat(file.fileno())):
             break
         file.close()  # its last holder has removed it since
+    holder = os.getpid()
     try:
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        file.write(f"process {holder} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()
         yield
     finally:
-        os.remove(lock)  # before the lock ends, so that whoever waits for this file sees that it is gone
+        if os.getpid() == holder:  # and not a fork of it
+            os.remove(lock)  # before the lock ends, so that whoever waits for this file sees that it is gone
         file.close()
 
 

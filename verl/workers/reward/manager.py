@@ -14,6 +14,8 @@ from verl.workers.reward.pool import GraderPool, Task
 logger = logging.getLogger(__name__)
 
 MAIN = "worker.reward"
+# Fewer failures than this stop no run, unless none is allowed: of a few responses one is a large share.
+MIN_FAILURES = 3
 
 
 class RewardManager:
@@ -23,6 +25,11 @@ class RewardManager:
         self.config = config
         self.functions = config.functions()
         self.pool = GraderPool(config)
+        self.begin(0)
+
+    def begin(self, expected: int) -> None:
+        """A step or a validation begins, in which `expected` responses or more will be graded."""
+        self.expected, self.seen, self.failed = expected, 0, 0
 
     def start(self) -> None:
         """Wait until every process is ready. Raises RewardError where the functions cannot be loaded."""
@@ -36,9 +43,10 @@ class RewardManager:
 
         Raises:
             RewardError: a function returned another number of scores, a score without `overall`, a value that is no
-                number, or components that differ between responses; or more than the share
-                `worker.reward.max_failure_frac` of the inputs could not be graded. The message shows a sample.
+                number, or components that differ between responses; or too many of the responses since `begin` could
+                not be graded (see `allowed_failures`). The message shows a sample.
         """
+        self.seen += len(inputs)
         scores: list[dict[str, RewardScore]] = [{} for _ in inputs]
         seconds = [0.0] * len(inputs)
         failures: dict[int, Failure] = {}
@@ -50,8 +58,9 @@ class RewardManager:
                     continue
                 detail = f"{self._name(key)}: {answer.score.detail}"
                 failures.setdefault(index, Failure(answer.score.reason, detail))
-                if len(failures) > self.config.max_failure_frac * len(inputs):
+                if self.failed + len(failures) > self.allowed_failures():
                     raise self._too_many(failures, inputs)
+        self.failed += len(failures)
         first: dict[str, RewardScore] = {}
         outcomes = []
         for index, reward_input in enumerate(inputs):
@@ -65,6 +74,12 @@ class RewardManager:
             text = "grading a response took %.1f s (worker.reward.timeout_s=%g):\n%s"
             logger.warning(text, seconds[slowest], self.config.timeout_s, shown(inputs[slowest]))
         return outcomes
+
+    def allowed_failures(self) -> float:
+        """The share `worker.reward.max_failure_frac` of the responses of this step or validation, of a share above 0 at
+        least MIN_FAILURES; but never all of them."""
+        share, total = self.config.max_failure_frac, max(self.expected, self.seen)
+        return min(max(share * total, MIN_FAILURES if share else 0), total - 1)
 
     def _tasks(self, inputs: list[RewardInput]) -> list[Task]:
         tasks = []
@@ -106,9 +121,11 @@ class RewardManager:
             f"{reason} {count}" for reason, count in Counter(f.reason for f in failures.values()).items()
         )
         index, failure = next(iter(failures.items()))
+        total = max(self.expected, self.seen)
         return RewardError(
-            f"{len(failures)} of {len(inputs)} responses could not be graded ({reasons}), more than "
-            f"worker.reward.max_failure_frac={self.config.max_failure_frac:g} allows. The first, {failure.reason}:\n"
+            f"{self.failed + len(failures)} of {total} responses of this step or validation could not be graded "
+            f"({reasons}), more than worker.reward.max_failure_frac={self.config.max_failure_frac:g} allows. One of "
+            f"them, {failure.reason}:\n"
             f"{failure.detail}\n{shown(inputs[index])}",
             [record(inputs[index], failure) for index, failure in failures.items()],
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -45,17 +46,19 @@ class GraderProcess:
 
     def __init__(self, config: RewardConfig) -> None:
         self.connection, child = Pipe()
+        ended, self.lifeline = os.pipe()  # closed when this process ends, however that happens
         # The child imports from where its parent does, and is the head of a group, which is killed as a whole.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        words = [sys.executable, "-m", "verl.workers.reward.process", str(child.fileno()), str(os.getpid())]
+        words = [sys.executable, "-m", "verl.workers.reward.process", str(child.fileno()), str(ended)]
         self.process = subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
             env=environment,
-            pass_fds=[child.fileno()],
+            pass_fds=[child.fileno(), ended],
             start_new_session=True,
         )
         child.close()
+        os.close(ended)
         self.connection.send(config)
         self.kinds: dict[str, tuple[RewardType, bool]] | None = None
         self.task: Task | None = None
@@ -82,20 +85,27 @@ class GraderProcess:
             return 0
 
     def kill(self) -> None:
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        """End it and all that it has started."""
+        if self.process.returncode is None:  # until it has been waited for, its number is no other process's
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.connection.close()
+        os.close(self.lifeline)
 
     def death(self) -> str:
-        """How it ended, in words, once its pipe is closed."""
-        try:
-            code = self.process.wait(timeout=END_S)
-        except subprocess.TimeoutExpired:
-            return "its process closed the pipe"
-        return f"its process died of {signal.Signals(-code).name}" if code < 0 else f"its process exited with {code}"
+        """How it ended, in words, once its pipe is closed. It is not waited for: `kill` has to come first."""
+        deadline = time.monotonic() + END_S
+        while True:
+            ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+            if ended is not None:
+                break
+            if time.monotonic() > deadline:
+                return "its process closed the pipe"
+            time.sleep(0.01)
+        if ended.si_code == os.CLD_EXITED:
+            return f"its process exited with {ended.si_status}"
+        return f"its process died of {signal.Signals(ended.si_status).name}"
 
 
 class GraderPool:

@@ -7,7 +7,6 @@ worker is Ray's.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 import resource
 import signal
@@ -19,15 +18,16 @@ from verl.config.worker import RewardConfig
 from verl.utils.process import start_logging
 from verl.workers.reward.functions import LONGEST_TRACEBACK, ContractError, RewardFunction, load_functions
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-
-def die_with_parent(parent: int) -> None:
-    """Let Linux kill this process when its parent ends, in the middle of a grader that never looks at its pipe."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            sys.exit("the parent has ended before its grader process began")
+def end_with_parent(lifeline: int, descriptor: int) -> None:
+    """Fork a guard that kills this process group when the parent, which holds the other end of `lifeline`, has ended: a
+    grader may never look at its own pipe, `descriptor`, and may have started processes of its own."""
+    if os.fork():
+        os.close(lifeline)
+        return
+    os.close(descriptor)  # or the parent would not see its grader's end
+    os.read(lifeline, 1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def limit_memory(max_memory_gb: float) -> None:
@@ -54,9 +54,9 @@ def serve(connection: Connection, functions: dict[str, RewardFunction], timeout_
             connection.send(reply)
 
 
-def main(descriptor: int, parent: int) -> None:
+def main(descriptor: int, lifeline: int) -> None:
     """Says {key: (type, concurrent)} when the functions are loaded, or why they cannot be."""
-    die_with_parent(parent)
+    end_with_parent(lifeline, descriptor)
     start_logging("reward")
     connection = Connection(descriptor)
     config: RewardConfig = connection.recv()

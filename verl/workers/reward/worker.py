@@ -18,6 +18,10 @@ class RewardWorker:
         self.manager.start()
         return True
 
+    def begin(self, expected: int) -> None:
+        """See RewardManager.begin."""
+        self.manager.begin(expected)
+
     def score(self, inputs: list[RewardInput]) -> list[Outcome]:
         """See RewardManager.score."""
         return self.manager.score(inputs)
