@@ -103,7 +103,8 @@ def launch(assets: Path, output: Path, log: Path, *overrides: str, own_ray: bool
 
 
 def records(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    with open(path, encoding="utf-8") as file:  # splitlines() would also split at what a response may hold
+        return [json.loads(line) for line in file]
 
 
 def numbers(run: Path) -> list[dict]:

@@ -164,7 +164,7 @@ def test_a_run_that_is_complete_says_so_and_ends(assets, everything, whole):
     ("change", "listed"),
     [
         ("algorithm.terms.entropy.coef=0.5", "algorithm.terms.entropy.coef: 0.01 -> 0.5"),
-        ("~term@algorithm.terms.masked_entropy", r'algorithm.terms.masked_entropy: \{.*"view": "masked"\} -> null'),
+        ("+term@algorithm.terms.more=entropy", r'algorithm.terms.more: null -> \{.*"kind": "entropy"'),
         ("algorithm.views.masked.prob=0.3", "algorithm.views.masked.prob: 0.6 -> 0.3"),
         ("worker.actor.model.model_path={other}", 'worker.actor.model.model_path: ".*" -> ".*/another"'),
     ],
