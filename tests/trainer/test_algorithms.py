@@ -6,7 +6,6 @@ One set of workers serves them all; what an algorithm needs of them is what its 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import operator
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 import ray
 
 from tests.conftest import REPOSITORY
+from tests.fakes.runs import records
 from verl.algorithms.requirements import requirements_of
 from verl.algorithms.rewards import RewardKL
 from verl.config.compose import compose_config
@@ -127,7 +127,7 @@ def test_two_steps(built, assets, name):
         assert round(first["reward/failed_frac"] * 4 * (3 + 1), 9) % 1 == 0
     if name == "vppo":
         assert last["train/vppo/dependency"] > 0 and 0.3 < last["train/vppo/chosen_fraction"] < 0.6
-    failures = [json.loads(line) for line in (reward.parent / "out/reward_failures.jsonl").read_text().splitlines()]
+    failures = records(reward.parent / "out/reward_failures.jsonl")
     assert {failure["reason"] for failure in failures} <= {"died", "raised"}
     for failure in failures:
         assert (sum(map(ord, failure["response"])) + int(failure["uid"].rpartition(":")[2])) % 6 == 0

@@ -238,7 +238,8 @@ def test_a_reward_that_always_fails_ends_the_run_with_a_sample_and_its_own_trace
     done = start(assets, tmp_path / "out", f"worker.reward.reward_function={reward}:score", "trainer.n_gpus_per_node=1")
     assert done.returncode == 1
     message = done.stderr[done.stderr.index("error: ") :]
-    assert "of 24 responses of this step or validation could not be graded (raised" in message and "worker.reward.max_failure_frac=0.1" in message
+    assert "of 24 responses of this step or validation could not be graded (raised" in message
+    assert "worker.reward.max_failure_frac=0.1" in message
     assert "TypeError: list indices must be integers" in message and "ground_truth: " in message
     assert "ray" not in message and message.count("Traceback") == 1
     (first, *_) = records(tmp_path / "out" / "reward_failures.jsonl")
