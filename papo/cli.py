@@ -10,15 +10,15 @@ import sys
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from papo.data_check.command import add_data
-from papo.doctor.command import add_doctor
-from papo.export.command import add_export
 from papo.plugin import register
+from papo.tools.data_check.command import add_data
+from papo.tools.doctor.command import add_doctor
+from papo.tools.export.command import add_export
 from verl.config.algorithm import ViewConfig, ViewStage
 from verl.config.data import DataConfig
-from verl.config.legacy import translate
 from verl.data.thumbnails import side_by_side
 from verl.data.views import VIEW_CONFIGS, transform
+from verl.legacy.translate import translate
 from verl.utils.files import atomic_path
 from verl.utils.process import LOG_FORMAT
 

@@ -6,8 +6,8 @@ are stored before the updates. `algorithm.views.masked.grad=true`, which these k
 
 from __future__ import annotations
 
-from verl.config.legacy_rule import Changes, Old, Rule, no_effect, only, refusal
-from verl.config.legacy_table import register_rules
+from verl.legacy.rule import Changes, Old, Rule, no_effect, only, refusal
+from verl.legacy.table import register_rules
 
 ESTIMATORS = {"low_var_kl": "k3", "kl": "k1", "mse": "k2"}
 TERM, VIEW = "algorithm.terms.perception_kl", "algorithm.views.masked"

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from verl.algorithms.advantage import advantage_shaper
-from verl.algorithms.advantage.shaper import Columns
 from verl.algorithms.losses.estimators import k3
+from verl.algorithms.shapers import Columns, advantage_shaper
 from verl.columns import view_column
 from verl.config.algorithm import ShaperConfig
 

@@ -3,7 +3,7 @@
 python scripts/model_merger.py --local_dir checkpoints/easy_r1/my_run/global_step_100/actor
 """
 
-from papo.export.merger import main
+from papo.tools.export.merger import main
 
 if __name__ == "__main__":
     main()

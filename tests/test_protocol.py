@@ -10,7 +10,7 @@ import torch
 from verl.protocol import DataProto, check_columns
 from verl.registry import Registry
 from verl.utils.files import atomic_path
-from verl.utils.seeding import derive_seed
+from verl.utils.rng import derive_seed
 
 
 def proto(rows: int = 6) -> DataProto:

@@ -1,13 +1,15 @@
-"""What the strategies share that blacken parts of a picture."""
+"""Patches: squares of an image that are blackened, drawn one by one, as an exact share, as a grid or a block."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from verl.config.algorithm import ViewConfig
+from verl.data.views import image_view
 
 
 @dataclass
@@ -63,4 +65,75 @@ def blacken(image: Image.Image, black: np.ndarray, row_of: np.ndarray, column_of
     """
     pixels = np.array(image)
     pixels[black[row_of[:, None], column_of]] = 0
+    return Image.fromarray(pixels)
+
+
+@dataclass
+class RandomPatchConfig(PatchConfig):
+    """Each `patch_size` x `patch_size` square is blackened with probability `prob`, on its own unless `exact`."""
+
+    kind: str = "random_patch"
+
+
+@dataclass
+class PixelConfig(PatchConfig):
+    """Random single pixels are black: the "random" masking of TRL, a weak corruption to compare with."""
+
+    kind: str = "pixel"
+    patch_size: int = 1
+
+
+@image_view("pixel", PixelConfig)
+@image_view("random_patch", RandomPatchConfig)
+def random_patch(image: Image.Image, rng: np.random.Generator, config: PatchConfig) -> Image.Image:
+    """The RGB `image` with random squares black (arXiv 2507.06448, appendix G), counted from the top left corner.
+
+    Squares at the right and lower edge are cut off where the size is no multiple of `patch_size`.
+    """
+    return blacken_patches(image, rng.random(patch_grid(image, config.patch_size)), config)
+
+
+@dataclass
+class GridConfig(PatchConfig):
+    """Black squares spread as evenly as `prob` allows: a checkerboard at 0.5. Only where it begins is random."""
+
+    kind: str = "grid"
+
+
+def bayer(steps: int) -> np.ndarray:
+    """The ordered-dither matrix [2^steps, 2^steps], 0..1: whatever share lies below a threshold lies evenly spread."""
+    matrix = np.zeros((1, 1))
+    for _ in range(steps):
+        matrix = np.block([[4 * matrix, 4 * matrix + 2], [4 * matrix + 3, 4 * matrix + 1]])
+    return (matrix + 0.5) / matrix.size
+
+
+@image_view("grid", GridConfig)
+def grid(image: Image.Image, rng: np.random.Generator, config: GridConfig) -> Image.Image:
+    """The RGB `image` with a regular pattern of squares black; their share is `prob` to within 1/64 on large grids."""
+    thresholds = bayer(3)
+    top, left = rng.integers(8, size=2)
+    rows, columns = patch_grid(image, config.patch_size)
+    scores = thresholds[(np.arange(rows)[:, None] + top) % 8, (np.arange(columns) + left) % 8]
+    return blacken_patches(image, scores, config)
+
+
+@dataclass
+class BlockConfig(ShareConfig):
+    """One rectangle of random shape and place hides `prob` of the area."""
+
+    kind: str = "block"
+
+
+@image_view("block", BlockConfig)
+def block(image: Image.Image, rng: np.random.Generator, config: BlockConfig) -> Image.Image:
+    """The RGB `image` with one rectangle black, `prob` of the area to within half a row or column of pixels."""
+    if config.prob == 0:
+        return image
+    pixels = np.array(image)
+    # The share of the height lies between prob (then the rectangle is as wide as the picture) and 1.
+    height = math.ceil(image.height * config.prob ** rng.random())
+    width = round(config.prob * image.height * image.width / height)
+    top, left = rng.integers(image.height - height + 1), rng.integers(image.width - width + 1)
+    pixels[top : top + height, left : left + width] = 0
     return Image.fromarray(pixels)

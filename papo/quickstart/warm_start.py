@@ -22,10 +22,10 @@ from verl.config.data import DataConfig
 from verl.data.collate import PromptCollator, join_responses
 from verl.data.dataset import PromptDataset
 from verl.data.vision import VisionProcessor
+from verl.models.forward import model_inputs
 from verl.models.loading import load_model
 from verl.models.policy import PolicyModel
 from verl.protocol import DataProto
-from verl.workers.actor.forward import model_inputs
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from verl.algorithms.losses.cispo import CISPOTermConfig
 from verl.algorithms.losses.compose import Denominators, reduce_values
-from verl.algorithms.losses.gspo import GSPOTermConfig
+from verl.algorithms.losses.policy import CISPOTermConfig, GSPOTermConfig
 from verl.algorithms.losses.term import LOSS_TERMS, TermOutput
 from verl.config.algorithm import LossAverage
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from papo.corruption.random_patch import RandomPatchConfig
+from papo.corruption.patches import RandomPatchConfig
 from papo.terms import PerceptionKLConfig
 from verl.algorithms.losses.compose import build_terms
 from verl.algorithms.losses.entropy import EntropyEstimator, EntropyTermConfig

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from verl.algorithms.filtering import keep_groups
-from verl.algorithms.shaping import overlong_penalty
+from verl.algorithms.groups import keep_groups
+from verl.algorithms.rewards import overlong_penalty
 
 
 def test_overlong_penalty_is_flat_then_linear_then_flat():

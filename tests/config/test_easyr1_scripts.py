@@ -16,7 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from verl.config.config import Config
-from verl.config.legacy import compose_legacy
+from verl.legacy.translate import compose_legacy
 from verl.trainer.plan import check
 
 pytestmark = pytest.mark.usefixtures("in_repository")

@@ -10,10 +10,10 @@ import pytest
 from papo.cli import main as papo
 from verl.config.compose import compose_config
 from verl.config.config import Config
-from verl.config.legacy import compose_legacy, translate, translate_overrides
-from verl.config.legacy_rule import same
-from verl.config.legacy_table import RULES, register_rules
 from verl.config.worker import LoRAConfig
+from verl.legacy.rule import same
+from verl.legacy.table import RULES, register_rules
+from verl.legacy.translate import compose_legacy, translate, translate_overrides
 from verl.trainer.main import compose, parse
 
 pytestmark = pytest.mark.usefixtures("in_repository")

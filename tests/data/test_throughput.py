@@ -19,7 +19,7 @@ from verl.data.collate import PromptCollator
 from verl.data.dataset import PromptDataset
 from verl.data.loader import PREFETCHED, train_loader
 from verl.data.vision import VisionProcessor
-from verl.metrics.memory import host_memory
+from verl.metrics.machine import host_memory
 
 ROWS = 100_000
 

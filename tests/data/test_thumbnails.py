@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from papo.corruption.fill import PrecomputedConfig
-from papo.corruption.random_patch import RandomPatchConfig
+from papo.corruption.patches import RandomPatchConfig
 from tests.papo.test_corruption import picture
 from verl.config.algorithm import ViewPer, ViewStage
 from verl.config.config import Config

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from papo.corruption.fill import BlankConfig, PrecomputedConfig
-from papo.corruption.random_patch import RandomPatchConfig
+from papo.corruption.patches import RandomPatchConfig
 from tests.fakes.rows import png, row, write_parquet
 from verl.config.data import DataConfig
 from verl.data.collate import PromptCollator

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from papo.corruption.random_patch import RandomPatchConfig
+from papo.corruption.patches import RandomPatchConfig
 from papo.terms import PerceptionKLConfig
 from verl.algorithms.losses.compose import build_terms
 from verl.algorithms.losses.entropy import EntropyTermConfig
@@ -29,8 +29,8 @@ from verl.data.vision import load_special_tokens
 from verl.models.policy import PolicyModel
 from verl.plugins import load_plugins
 from verl.protocol import DataProto
-from verl.workers.actor.dp_actor import DataParallelActor
 from verl.workers.fsdp.wrap import build_sharded, whole
+from verl.workers.training.dp_actor import DataParallelActor
 
 CPU = torch.device("cpu")
 MAX_RESPONSE_LENGTH = 10

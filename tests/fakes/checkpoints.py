@@ -15,11 +15,11 @@ from verl.checkpoint.files import FileEntry
 from verl.checkpoint.folder import CheckpointFolder
 from verl.config.worker import LRSchedule, OptimConfig, OptimStrategy
 from verl.protocol import DataProto
-from verl.workers.actor.dp_actor import DataParallelActor
-from verl.workers.actor.optim import build_optimizer, build_schedule, weight_dtype
 from verl.workers.fsdp.checkpoint import StateWriter, model_tensors, optimizer_tensors, plain_state
 from verl.workers.fsdp.wrap import whole
-from verl.workers.guarded_step import GuardedStep
+from verl.workers.training.dp_actor import DataParallelActor
+from verl.workers.training.guarded_step import GuardedStep
+from verl.workers.training.optim import build_optimizer, build_schedule, weight_dtype
 
 OPTIM = OptimConfig(lr=0.01, lr_warmup_steps=2, lr_scheduler_type=LRSchedule.cosine)
 

@@ -11,8 +11,8 @@ from tests.fakes.actors import CPU, MAX_RESPONSE_LENGTH
 from verl.config.worker import ComputeDtype, CriticConfig, FSDPConfig, ModelConfig
 from verl.models.value import ValueModel
 from verl.protocol import DataProto
-from verl.workers.critic.dp_critic import DataParallelCritic
 from verl.workers.fsdp.wrap import build_sharded
+from verl.workers.training.dp_critic import DataParallelCritic
 
 CLIP = 0.05
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from papo.corruption.random_patch import RandomPatchConfig
+from papo.corruption.patches import RandomPatchConfig
 from verl.config.data import DataConfig
 from verl.data.collate import PromptCollator, join_responses
 from verl.data.dataset import PromptDataset

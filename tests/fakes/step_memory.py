@@ -11,14 +11,14 @@ import sys
 import torch
 from ray.cloudpickle import dumps, loads
 
-from papo.corruption.random_patch import RandomPatchConfig
+from papo.corruption.patches import RandomPatchConfig
 from tests.data.test_images import encoded, noise
 from verl.data.collate import PromptCollator, whole_sequences
 from verl.data.images import open_image
 from verl.data.views import add_view
 from verl.data.vision import VisionProcessor
+from verl.models.forward import model_inputs
 from verl.protocol import DataProto
-from verl.workers.actor.forward import model_inputs
 
 PROMPTS, RANKS, MICRO_BATCH = 2, 2, 2
 

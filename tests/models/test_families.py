@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config
 
-from papo.corruption.random_patch import RandomPatchConfig
+from papo.corruption.patches import RandomPatchConfig
 from tests.fakes.actors import build_actor, gradient, on_ranks, process_group, weights
 from tests.fakes.critics import build_critic, plain_values
 from tests.fakes.families import MODELS, VISION
@@ -26,10 +26,10 @@ from verl.data.views import add_view
 from verl.data.vision import VisionProcessor, load_special_tokens
 from verl.models.families import FAMILIES, family_of, positions_of_prompt, positions_of_response
 from verl.protocol import DataProto
-from verl.workers.actor.dp_actor import compute_log_probs
 from verl.workers.fsdp.export import save_huggingface
 from verl.workers.rollout.base import SamplingParams
 from verl.workers.rollout.hf_engine import HFEngine
+from verl.workers.training.dp_actor import compute_log_probs
 
 SIZES = [[], [(28, 28)], [(84, 56)], [(56, 140), (28, 28), (112, 84)]]
 

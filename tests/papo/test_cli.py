@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from papo.cli import main
-from papo.corruption.random_patch import RandomPatchConfig
+from papo.corruption.patches import RandomPatchConfig
 from tests.papo.test_corruption import picture
 from verl.data.thumbnails import GAP
 from verl.data.views import transform

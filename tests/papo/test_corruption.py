@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import papo.corruption.random_patch  # noqa: F401  (registers)
+import papo.corruption.patches  # noqa: F401  (registers)
 from verl.data.images import open_image
 from verl.data.views import VIEW_CONFIGS, transform
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from papo.cli import main
-from papo.doctor import machine
-from papo.doctor.case import GPU, Case
-from papo.doctor.command import run_checks
+from papo.tools.doctor import machine
+from papo.tools.doctor.case import GPU, Case
+from papo.tools.doctor.command import run_checks
 from tests.conftest import REPOSITORY
 from tests.fakes.doctor import assert_error, bad
 from tests.fakes.models import qwen_7b, write_hollow_model
@@ -121,7 +121,7 @@ def test_without_a_config_only_installation_and_machine_are_checked(doctor):
     ],
 )
 def test_versions_that_do_not_go_together(doctor, tmp_path, monkeypatch, packages, topic, text, fix):
-    from papo.doctor import packages as module
+    from papo.tools.doctor import packages as module
 
     if packages[0][0] == "vllm" and len(packages) == 1:  # alone, whatever engine is installed here
         real = module.installed_version
@@ -342,7 +342,7 @@ def test_too_little_disk_for_the_trained_model(run_of, model):
 def test_too_little_disk_for_the_checkpoints(run_of, assets, tmp_path, monkeypatch):
     """7.6B parameters: 28 GiB in float32, three times as much with Adam's moments."""
     folder = write_hollow_model(tmp_path / "7b", qwen_7b(), assets / "model")
-    monkeypatch.setattr("papo.doctor.run.disk_usage", lambda path: (200 * GIB,) * 2)
+    monkeypatch.setattr("papo.tools.doctor.run.disk_usage", lambda path: (200 * GIB,) * 2)
     overrides = (f"worker.actor.model.model_path={folder}", "trainer.save_limit=2")
     said = r"the trained model takes 3\d\.\d GiB, 3 checkpoints of 9\d\.\d GiB are there at a time, 200.0 GiB are free"
     assert_error(run_of(*overrides), "disk", said, "trainer.save_limit=1")
@@ -407,7 +407,7 @@ def test_what_is_said_of_a_gpu(gpu, level, text, monkeypatch):
 
 def test_few_open_files_and_the_text_that_people_read(tmp_path):
     """As a process of its own, under a real limit, by the way in that needs nothing but Python."""
-    command = f"ulimit -n 1000 && exec {sys.executable} -m papo.doctor"
+    command = f"ulimit -n 1000 && exec {sys.executable} -m papo.tools.doctor"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100"}
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, cwd=REPOSITORY)
     lines = done.stdout.splitlines()

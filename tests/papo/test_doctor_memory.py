@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import Qwen2_5_VLConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer, Qwen2_5_VLVisionBlock
 
-from papo.doctor.case import GPU, Case
-from papo.doctor.fit import compute
-from papo.doctor.memory import (
+from papo.tools.doctor.case import GPU, Case
+from papo.tools.doctor.fit import compute
+from papo.tools.doctor.memory import (
     LOGIT_BYTES,
     LOGIT_BYTES_NO_GRAD,
     STEP_COPIES,
@@ -36,12 +36,12 @@ from papo.doctor.memory import (
     vision_kept,
     vision_working,
 )
-from papo.doctor.shape import Shape, shape_of
+from papo.tools.doctor.shape import Shape, shape_of
 from tests.fakes.models import qwen_3b, qwen_7b
 from verl.config.compose import compose_config
 from verl.config.worker import LoRAConfig
 from verl.models.log_probs import chunked_entropy, chunked_kl, chunked_log_probs
-from verl.workers.actor.compensated_adamw import CompensatedAdamW
+from verl.workers.training.compensated_adamw import CompensatedAdamW
 
 GIB = 2**30
 

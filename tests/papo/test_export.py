@@ -14,7 +14,7 @@ import torch.distributed as dist
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
 from papo.cli import main
-from papo.export.merger import main as merge
+from papo.tools.export.merger import main as merge
 from tests.fakes.actors import on_ranks, process_group
 from tests.fakes.cluster import MIXED
 from tests.fakes.rollouts import make_batch

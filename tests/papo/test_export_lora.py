@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from papo.cli import main
-from papo.export.merger import main as merge
+from papo.tools.export.merger import main as merge
 from tests.fakes.actors import process_group
 from verl.checkpoint.folder import CheckpointFolder
 from verl.checkpoint.tensors import write_tensors

@@ -17,11 +17,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from papo.export.merger import main
+from papo.tools.export.merger import main
 from tests.conftest import REPOSITORY
 from tests.fakes.actors import process_group
 from verl.checkpoint.files import BrokenCheckpoint
-from verl.checkpoint.shards import merge_shards
+from verl.legacy.shards import merge_shards
 
 
 def new_easyr1(folder: Path, model: Path) -> Path:

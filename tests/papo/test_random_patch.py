@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from papo.corruption.random_patch import RandomPatchConfig, random_patch
+from papo.corruption.patches import RandomPatchConfig, random_patch
 
 
 def white(width: int = 280, height: int = 420) -> Image.Image:

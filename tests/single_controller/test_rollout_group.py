@@ -12,8 +12,8 @@ import torch
 from tests.fakes.cluster import kill_one_while_it_generates, read_prompts, requests, start_cluster
 from tests.fakes.rows import row, write_parquet
 from verl.data.collate import join_responses
+from verl.models.forward import TOKENS
 from verl.single_controller.rollout_group import spread
-from verl.workers.actor.forward import TOKENS
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from verl.algorithms.advantage import ADVANTAGES
-from verl.algorithms.rewards import RewardKL, token_rewards
-from verl.algorithms.shaping import overlong_penalty
+from verl.algorithms.rewards import RewardKL, overlong_penalty, token_rewards
 from verl.config.compose import compose_config
 from verl.protocol import DataProto
 from verl.trainer.advantages import add_advantages

@@ -12,7 +12,7 @@ from verl.algorithms.requirements import requirements_of
 from verl.config.compose import compose_config
 from verl.config.sizes import Sizes
 from verl.metrics.bag import MetricBag
-from verl.metrics.timing import Timings
+from verl.metrics.machine import Timings
 from verl.protocol import DataProto
 from verl.single_controller.reward_group import RewardGroup
 from verl.trainer.interrupts import Interrupts, RunInterrupted

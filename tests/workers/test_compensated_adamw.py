@@ -13,8 +13,8 @@ from tests.fakes.actors import on_ranks
 from verl.config.compose import compose_config
 from verl.config.validate import validate
 from verl.config.worker import OptimConfig, OptimStrategy
-from verl.workers.actor.compensated_adamw import CompensatedAdamW
-from verl.workers.actor.optim import build_optimizer, weight_dtype
+from verl.workers.training.compensated_adamw import CompensatedAdamW
+from verl.workers.training.optim import build_optimizer, weight_dtype
 
 BF16 = OptimConfig(strategy=OptimStrategy.adamw_bf16, lr=1e-6, weight_decay=0.01)
 

@@ -13,15 +13,13 @@ from papo.terms import PerceptionKLConfig
 from tests.fakes.actors import MAX_RESPONSE_LENGTH, build_actor, gradient, on_ranks, papo_terms, process_group, weights
 from tests.fakes.rollouts import make_batch
 from tests.fakes.rows import row, write_parquet
-from verl.algorithms.losses.cispo import CISPOTermConfig
 from verl.algorithms.losses.entropy import EntropyEstimator, EntropyTermConfig
 from verl.algorithms.losses.estimators import Estimator
-from verl.algorithms.losses.gspo import GSPOTermConfig
-from verl.algorithms.losses.policy import PolicyTermConfig
+from verl.algorithms.losses.policy import CISPOTermConfig, GSPOTermConfig, PolicyTermConfig
 from verl.algorithms.losses.ref_kl import RefKLTermConfig
 from verl.config.algorithm import LossAverage, OldLogProbs, ScheduleConfig, Truncation
 from verl.models.families import MODALITY_TOKENS
-from verl.workers.actor.dp_actor import compute_log_probs
+from verl.workers.training.dp_actor import compute_log_probs
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from verl.config.algorithm import LossAverage
 from verl.metrics.bag import MetricBag
 from verl.models.value import ValueModel
 from verl.protocol import DataProto
-from verl.workers.critic.dp_critic import DataParallelCritic
 from verl.workers.fsdp.wrap import whole
+from verl.workers.training.dp_critic import DataParallelCritic
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from tests.fakes.actors import build_actor, process_group, weights
 from tests.fakes.rollouts import make_batch
 from verl.config.worker import ModelConfig
 from verl.data.vision import load_special_tokens
-from verl.workers.actor.dp_actor import compute_log_probs
 from verl.workers.fsdp.export import save_huggingface
+from verl.workers.training.dp_actor import compute_log_probs
 
 
 def test_a_trained_policy_loads_in_plain_transformers_with_the_same_log_probs(assets, model, tmp_path):

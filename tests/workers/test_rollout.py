@@ -18,11 +18,11 @@ from verl.data.collate import PromptCollator, join_responses
 from verl.data.dataset import PromptDataset
 from verl.data.vision import VisionProcessor, load_special_tokens
 from verl.models.families import SpecialTokens
-from verl.workers.actor.dp_actor import compute_log_probs
 from verl.workers.rollout.base import SamplingParams, train_sampling, validation_sampling
 from verl.workers.rollout.hf_engine import HFEngine
 from verl.workers.rollout.sampler import SeededSampler
 from verl.workers.rollout.weight_sync import plan_buckets
+from verl.workers.training.dp_actor import compute_log_probs
 
 PARAMS = SamplingParams(n=3, temperature=1.0, top_p=1.0, top_k=-1, max_tokens=12, seed=5)
 

@@ -13,7 +13,7 @@ from tests.fakes.cluster import MIXED, kill_one_while_it_generates, read_prompts
 from tests.fakes.rows import row, write_parquet
 from verl.config.compose import compose_config
 from verl.data.collate import join_responses
-from verl.workers.actor.forward import TOKENS
+from verl.models.forward import TOKENS
 from verl.workers.rollout.engines import is_installed
 from verl.workers.rollout.vllm_engine import engine_arguments
 

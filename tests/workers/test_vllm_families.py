@@ -7,7 +7,7 @@ import pytest
 from tests.fakes.cluster import read_prompts, requests, start_cluster
 from tests.fakes.families import MODELS
 from verl.data.collate import join_responses
-from verl.workers.actor.forward import TOKENS
+from verl.models.forward import TOKENS
 from verl.workers.rollout.engines import is_installed
 
 pytestmark = [

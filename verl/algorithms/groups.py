@@ -1,4 +1,4 @@
-"""Means over groups: responses to the same prompt share an integer."""
+"""Groups: responses to the same prompt share an integer. Their means, and which of them are worth training on."""
 
 from __future__ import annotations
 
@@ -25,3 +25,25 @@ def group_mean(values: torch.Tensor, group: torch.Tensor, counted: torch.Tensor 
 def group_size(group: torch.Tensor) -> torch.Tensor:
     """For each row the number of rows in its group. Returns [B] float64."""
     return group_sum(torch.ones_like(group, dtype=torch.float64), group)
+
+
+def keep_groups(
+    metric: torch.Tensor, group: torch.Tensor, low: float, high: float, graded: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Whether a response's group has its mean strictly between `low` and `high` (DAPO's dynamic sampling, arXiv
+    2503.14476, eq. 11: neither all responses to a prompt are right nor all wrong). PAPO takes 0.01 and 0.99.
+
+    A group is kept or dropped as a whole; a mean that is not finite drops it.
+
+    Args:
+        metric: [B], such as the accuracy of each response.
+        group: [B], integer that responses to the same prompt share.
+        graded: [B] bool, responses that the means are taken over; by default all.
+
+    Returns:
+        [B] bool.
+    """
+    if not low < high:
+        raise ValueError(f"low={low}, high={high}: no mean lies strictly between them")
+    mean = group_mean(metric, group, graded)
+    return (mean > low) & (mean < high)

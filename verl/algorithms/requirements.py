@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from verl.algorithms.advantage import ADVANTAGES, build_shapers
+from verl.algorithms.advantage import ADVANTAGES
 from verl.algorithms.losses.compose import LossTerm, build_terms
+from verl.algorithms.shapers import build_shapers
 from verl.columns import EXACT, is_exact, split_exact, view_column
 from verl.config.algorithm import AlgorithmConfig, ViewConfig
 

@@ -10,7 +10,7 @@ from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from verl.data.collate import PromptCollator
 from verl.data.dataset import PromptDataset
-from verl.utils.seeding import derive_seed
+from verl.utils.rng import derive_seed
 
 # Batches that each loader process has ready or in the making: more would only fill the host's memory with images.
 PREFETCHED = 1

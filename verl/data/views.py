@@ -14,7 +14,7 @@ from verl.config.algorithm import ViewConfig, ViewPer, ViewStage
 from verl.config.store import store_option
 from verl.protocol import DataProto
 from verl.registry import Registry
-from verl.utils.seeding import derive_seed
+from verl.utils.rng import derive_seed
 
 if TYPE_CHECKING:  # a plugin that registers a view should not pay for importing transformers
     from verl.data.vision import VisionProcessor

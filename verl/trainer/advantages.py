@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from verl.algorithms.advantage import ADVANTAGES, build_shapers
-from verl.algorithms.rewards import token_rewards
-from verl.algorithms.shaping import overlong_penalty
+from verl.algorithms.advantage import ADVANTAGES
+from verl.algorithms.rewards import overlong_penalty, token_rewards
+from verl.algorithms.shapers import build_shapers
 from verl.config.config import Config
 from verl.protocol import DataProto
 from verl.trainer.run import Run

@@ -9,8 +9,7 @@ from functools import partial
 
 import torch
 
-from verl.algorithms.filtering import keep_groups
-from verl.algorithms.groups import group_mean
+from verl.algorithms.groups import group_mean, keep_groups
 from verl.data.collate import pad_rows, whole_sequences
 from verl.data.views import add_view
 from verl.data.vision import VisionProcessor

@@ -1,6 +1,6 @@
 """Entry point: python -m verl.trainer.main --config-name NAME key=value ...
 
-Command lines of EasyR1 and PAPO (config=FILE.yaml key=value ...) are translated: verl/config/legacy.py.
+Command lines of EasyR1 and PAPO (config=FILE.yaml key=value ...) are translated: verl/legacy/translate.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from verl.config.compose import CONFIG_DIR, compose_config, presets
 from verl.config.config import Config
-from verl.config.legacy import MARK, compose_legacy, translate_overrides
+from verl.legacy.translate import MARK, compose_legacy, translate_overrides
 from verl.utils.process import LOG_FORMAT, quiet_libraries
 
 

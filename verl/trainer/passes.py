@@ -6,11 +6,11 @@ import torch
 
 from verl.columns import view_column
 from verl.config.algorithm import OldLogProbs
-from verl.metrics.timing import Timings
+from verl.metrics.machine import Timings
+from verl.models.forward import TOKENS
 from verl.protocol import DataProto
 from verl.trainer.plan import recomputes_old
 from verl.trainer.run import Run
-from verl.workers.actor.forward import TOKENS
 
 
 def run_passes(batch: DataProto, run: Run, timings: Timings) -> DataProto:

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.columns import view_column
-from verl.metrics.memory import host_memory
-from verl.metrics.timing import Timings
+from verl.metrics.machine import Timings, host_memory
+from verl.models.forward import TOKENS
 from verl.protocol import DataProto, check_columns
 from verl.trainer.advantages import add_advantages
 from verl.trainer.batch_metrics import reward_metrics, rollout_metrics, warn_of_mismatch
 from verl.trainer.collect import Collector
 from verl.trainer.passes import run_passes
 from verl.trainer.run import Run
-from verl.workers.actor.forward import TOKENS
 from verl.workers.reward.base import Outcome, RewardError, RewardInput
 
 logger = logging.getLogger(__name__)

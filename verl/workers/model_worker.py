@@ -20,22 +20,22 @@ from verl.config.config import Config
 from verl.config.worker import FSDPConfig, LoRAConfig, ModelConfig
 from verl.data.vision import load_special_tokens
 from verl.metrics.bag import MetricBag
+from verl.models.forward import ORIGINAL
 from verl.models.loading import resolve_dtype
 from verl.models.lora import adapter_off
 from verl.models.policy import PolicyModel
 from verl.models.value import ValueModel
 from verl.protocol import DataProto
 from verl.utils.process import prepare_gloo, start_model_worker
-from verl.workers.actor.dp_actor import DataParallelActor, compute_log_probs
-from verl.workers.actor.forward import ORIGINAL
-from verl.workers.actor.optim import build_optimizer, build_schedule, weight_dtype
-from verl.workers.critic.dp_critic import DataParallelCritic
 from verl.workers.fsdp.checkpoint import StateWriter, load_state, model_tensors, optimizer_tensors, plain_state
 from verl.workers.fsdp.export import plain_weights, save_description, save_huggingface
 from verl.workers.fsdp.wrap import build_sharded
-from verl.workers.guarded_step import GuardedStep
 from verl.workers.memory import naming_keys, peak_memory
 from verl.workers.rollout.weight_sync import CARRIERS, BucketLayout, plan_buckets
+from verl.workers.training.dp_actor import DataParallelActor, compute_log_probs
+from verl.workers.training.dp_critic import DataParallelCritic
+from verl.workers.training.guarded_step import GuardedStep
+from verl.workers.training.optim import build_optimizer, build_schedule, weight_dtype
 
 
 class ModelWorker:

@@ -1,3 +1,3 @@
 """Loss terms (pure functions that never reduce) and the one place that reduces and adds them."""
 
-from verl.algorithms.losses import cispo, entropy, gspo, policy, ref_kl, sft  # noqa: F401  (they register themselves)
+from verl.algorithms.losses import entropy, policy, ref_kl, sft  # noqa: F401  (they register themselves)

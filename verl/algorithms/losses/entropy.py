@@ -7,8 +7,7 @@ from enum import StrEnum
 
 import torch
 
-from verl.algorithms.losses.term import Columns, loss_term
-from verl.algorithms.losses.view_rows import only_view_rows
+from verl.algorithms.losses.term import Columns, loss_term, only_view_rows
 from verl.columns import view_column
 from verl.config.algorithm import LossTermConfig
 

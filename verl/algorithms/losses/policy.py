@@ -1,13 +1,88 @@
-"""The clipped policy loss."""
+"""Policy losses: PPO's clip, GSPO's of whole sequences, CISPO's of weights; and the importance weight they share."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from verl.algorithms.losses.clip import ClipTermConfig, bounded, clip_requires, weighted
 from verl.algorithms.losses.term import Columns, TermOutput, loss_term
+from verl.config.algorithm import LossTermConfig, Truncation
+
+# exp(20) is the largest ratio that a float32 sum of a batch survives; a policy that far away is clipped anyway.
+MAX_LOG_RATIO = 20.0
+
+
+@dataclass
+class ClipTermConfig(LossTermConfig):
+    """Clip range [1 - clip_ratio_low, 1 + clip_ratio_high] of a ratio pi / pi_old.
+
+    `tis`: truncated importance sampling, see `rollout_weight`.
+    """
+
+    coef: float = 1.0
+    tis: Truncation = Truncation.off
+    tis_cap: float = 2.0
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.3
+
+    def check(self, key: str) -> None:
+        super().check(key)
+        if not 0 <= self.clip_ratio_low <= 1:
+            raise ValueError(f"{key}.clip_ratio_low={self.clip_ratio_low}: a value from 0 to 1 is needed")
+        if self.clip_ratio_high < 0:
+            raise ValueError(f"{key}.clip_ratio_high={self.clip_ratio_high}: a value of 0 or more is needed")
+        if self.tis_cap <= 0:
+            raise ValueError(f"{key}.tis_cap={self.tis_cap}: a value above 0 is needed")
+
+
+def clip_requires(*columns: str) -> Callable[[ClipTermConfig], tuple[str, ...]]:
+    """What a policy loss reads: these, and what its importance weight takes."""
+
+    def requires(config: ClipTermConfig) -> tuple[str, ...]:
+        extra = {
+            Truncation.off: (),
+            Truncation.token: ("rollout_log_probs",),
+            Truncation.sequence: ("rollout_log_probs", "response_mask"),
+        }[config.tis]
+        return tuple(dict.fromkeys((*columns, *extra)))
+
+    return requires
+
+
+def rollout_weight(columns: Columns, config: ClipTermConfig) -> torch.Tensor | float:
+    """min(pi_old / pi_rollout, cap), which multiplies the loss of a token: where engine and trainer compute different
+    probabilities for one policy, it takes the bias out that this would bring, and the cap bounds its variance
+    (truncated importance sampling, https://fengyao.notion.site/off-policy-rl).
+
+    `token` weighs each token by its own ratio, `sequence` all tokens of a response by the product of its ratios.
+
+    Returns:
+        [B, T] or [B, 1] without gradient; 1.0 where it is off.
+    """
+    if config.tis == Truncation.off:
+        return 1.0
+    log_ratio = (columns["old_log_probs"] - columns["rollout_log_probs"]).detach()
+    if config.tis == Truncation.sequence:
+        log_ratio = torch.where(columns["response_mask"].bool(), log_ratio, 0.0).sum(-1, keepdim=True)
+    return torch.exp(bounded(log_ratio)).clamp(max=config.tis_cap)
+
+
+def weighted(
+    values: torch.Tensor, metrics: dict[str, torch.Tensor], columns: Columns, config: ClipTermConfig
+) -> TermOutput:
+    """The loss with its importance weight, and metrics that show it."""
+    weight = rollout_weight(columns, config)
+    if config.tis != Truncation.off:
+        shown = weight.expand_as(values)
+        metrics = {**metrics, "tis_weight": shown, "tis_capped": (shown >= config.tis_cap).float()}
+    return TermOutput(values * weight, metrics)
+
+
+def bounded(log_ratio: torch.Tensor) -> torch.Tensor:
+    """`log_ratio`, at most 20 either way; beyond that its gradient is 0."""
+    return torch.clamp(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 @dataclass
@@ -42,6 +117,78 @@ def policy(columns: Columns, config: PolicyTermConfig) -> TermOutput:
         "clip_frac_high": ((ratio > high) & (advantages > 0)).float(),
         "clip_frac_low": ((ratio < low) & (advantages < 0)).float(),
         "clip_frac_dual": ((ratio > config.clip_ratio_dual) & (advantages < 0)).float(),
+        "ppo_kl": -log_ratio,
+    }
+    return weighted(values, metrics, columns, config)
+
+
+@dataclass
+class GSPOTermConfig(ClipTermConfig):
+    """Clip range of a sequence's ratio. It is a mean over tokens, so it moves far less than theirs do (section 5.1)."""
+
+    kind: str = "gspo"
+    clip_ratio_low: float = 3e-4
+    clip_ratio_high: float = 4e-4
+
+
+@loss_term(
+    "gspo",
+    GSPOTermConfig,
+    requires=clip_requires("log_probs", "old_log_probs", "advantages", "response_mask"),
+    metric="pg_loss",
+)
+def gspo(columns: Columns, config: GSPOTermConfig) -> TermOutput:
+    """-min(sA, clip(s)A) with s = exp(mean over the sequence's tokens of log pi/pi_old) (GSPO, arXiv 2507.18071,
+    section 4.1), as one value per token (GSPO-token, section 4.3).
+
+    A token's ratio is sg[s] pi / sg[pi], sg a stop-gradient: its value is s, its gradient s times that of the
+    token's log pi. With one advantage per sequence and `worker.actor.loss_avg_mode=seq` the gradient is GSPO's;
+    with `token` a sequence counts as often as it has tokens.
+
+    Returns:
+        values [B, T]; the clip fractions count the tokens of clipped sequences.
+    """
+    log_probs, advantages, mask = columns["log_probs"], columns["advantages"], columns["response_mask"]
+    log_ratio = torch.where(mask.bool(), log_probs.detach() - columns["old_log_probs"], 0.0)
+    mean = bounded(log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1))
+    ratio = torch.exp(mean) * torch.exp(log_probs - log_probs.detach())
+    low, high = 1.0 - config.clip_ratio_low, 1.0 + config.clip_ratio_high
+    values = torch.maximum(-ratio * advantages, -torch.clamp(ratio, low, high) * advantages)
+    metrics = {
+        "clip_frac_high": ((ratio > high) & (advantages > 0)).float(),
+        "clip_frac_low": ((ratio < low) & (advantages < 0)).float(),
+        "ppo_kl": -log_ratio,
+    }
+    return weighted(values, metrics, columns, config)
+
+
+@dataclass
+class CISPOTermConfig(ClipTermConfig):
+    """Range of the weight. A low of 1 is no bound, as in the paper; the high of 4 (weights up to 5) is a choice made
+    here, as the paper tunes it and we know of no value that it names."""
+
+    kind: str = "cispo"
+    clip_ratio_low: float = 1.0
+    clip_ratio_high: float = 4.0
+
+
+@loss_term(
+    "cispo", CISPOTermConfig, requires=clip_requires("log_probs", "old_log_probs", "advantages"), metric="pg_loss"
+)
+def cispo(columns: Columns, config: CISPOTermConfig) -> TermOutput:
+    """-sg[clip(r)] A log pi per token with r = pi/pi_old, sg a stop-gradient (CISPO, arXiv 2506.13585, eq. 4-5).
+
+    No token's gradient is cut off: the clip bounds its weight alone. The fractions count every token whose weight
+    is clipped, whatever the sign of its advantage. The paper averages over tokens (`loss_avg_mode=token`).
+    """
+    log_probs = columns["log_probs"]
+    log_ratio = bounded(log_probs.detach() - columns["old_log_probs"])
+    ratio = torch.exp(log_ratio)
+    low, high = 1.0 - config.clip_ratio_low, 1.0 + config.clip_ratio_high
+    values = -torch.clamp(ratio, low, high) * columns["advantages"] * log_probs
+    metrics = {
+        "clip_frac_high": (ratio > high).float(),
+        "clip_frac_low": (ratio < low).float(),
         "ppo_kl": -log_ratio,
     }
     return weighted(values, metrics, columns, config)

@@ -1,4 +1,4 @@
-"""What a loss term is: a pure function from columns to per-token values, and what it declares about itself."""
+"""Loss terms: pure functions from columns to per-token values, and what each declares about itself."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from verl.registry import Registry
 
 if TYPE_CHECKING:
     from verl.config.algorithm import LossTermConfig
+from verl.columns import view_column
 
 Columns = Mapping[str, torch.Tensor]
 
@@ -83,3 +84,8 @@ def loss_term(
         return function
 
     return add
+
+
+def only_view_rows(values: torch.Tensor, columns: Columns, view: str) -> torch.Tensor:
+    """`values` [B, T] with zeros in the rows that the view does not cover (text-only prompts)."""
+    return torch.where(columns[view_column(view, "rows")][:, None], values, 0.0)

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from verl.checkpoint.files import FileEntry, files_in, load_plain, save_plain, seal
 from verl.checkpoint.tensors import INDEX, MODEL, OPTIMIZER, Saved, read_tensors, saved_tensors, write_tensors
 from verl.utils.rng import rng_state, set_rng_state
-from verl.workers.guarded_step import GuardedStep
+from verl.workers.training.guarded_step import GuardedStep
 
 logger = logging.getLogger(__name__)
 

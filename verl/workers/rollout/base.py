@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from verl.config.worker import RolloutConfig
 from verl.protocol import DataProto
 from verl.registry import Registry
-from verl.utils.seeding import derive_seed
+from verl.utils.rng import derive_seed
 from verl.workers.rollout.weight_sync import BucketLayout
 
 

@@ -9,9 +9,9 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from verl.config.config import Config
 from verl.models.families import SpecialTokens, image_spans
+from verl.models.forward import join_images
 from verl.models.loading import load_model, resolve_dtype
 from verl.protocol import DataProto
-from verl.workers.actor.forward import join_images
 from verl.workers.rollout.base import ENGINES, SamplingParams, in_order
 from verl.workers.rollout.sampler import SeededSampler
 from verl.workers.rollout.weight_sync import CARRIERS, BucketLayout

@@ -6,7 +6,7 @@ import torch
 from transformers import LogitsProcessor
 
 from verl.models.families import SpecialTokens
-from verl.utils.seeding import derive_seed
+from verl.utils.rng import derive_seed
 from verl.workers.rollout.base import SamplingParams
 
 

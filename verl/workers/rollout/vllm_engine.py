@@ -14,7 +14,7 @@ from verl.config.config import Config
 from verl.models.families import SpecialTokens, image_spans
 from verl.models.loading import resolve_dtype
 from verl.protocol import DataProto
-from verl.utils.seeding import derive_seed
+from verl.utils.rng import derive_seed
 from verl.workers.rollout.base import ENGINES, SamplingParams, pad_responses
 from verl.workers.rollout.weight_sync import BucketLayout
 

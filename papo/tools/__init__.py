@@ -1,0 +1,1 @@
+"""Commands around a run: what `papo NAME` does."""

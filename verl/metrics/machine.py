@@ -1,0 +1,54 @@
+"""Time and memory of a step, as metrics."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Timings:
+    """`with timings("update"): ...` adds to the phase's seconds; phases that run side by side overlap."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+GIB = 2**30
+
+
+def host_memory() -> dict[str, float]:
+    """`perf/host_memory_gb`, used on the driver's node by all processes, and `perf/driver_memory_gb`, by the driver and
+    its loader processes, pages that they share counted once; in GiB. Nothing where the system does not say it."""
+    if not os.path.exists("/proc/meminfo"):
+        return {}
+    sizes = _fields("/proc/meminfo")
+    driver = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+    return {
+        "perf/host_memory_gb": (sizes["MemTotal"] - sizes["MemAvailable"]) / GIB,
+        "perf/driver_memory_gb": sum(_proportional(pid) for pid in driver) / GIB,
+    }
+
+
+def _proportional(pid: int) -> int:
+    try:
+        return _fields(f"/proc/{pid}/smaps_rollup")["Pss"]
+    except (FileNotFoundError, ProcessLookupError):  # a loader process that has just ended
+        return 0
+
+
+def _fields(path: str) -> dict[str, int]:
+    """The sizes of such a file, in bytes."""
+    with open(path, encoding="utf-8") as file:
+        pairs = (line.split(":") for line in file if line.rstrip().endswith("kB"))
+        return {name: int(size.split()[0]) * 1024 for name, size in pairs}

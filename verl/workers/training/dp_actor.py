@@ -1,0 +1,185 @@
+"""The data-parallel actor: log-probs without gradient, and the policy update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from verl.algorithms.losses.compose import Denominators, LossTerm, compute_losses
+from verl.algorithms.losses.estimators import k3
+from verl.columns import view_column
+from verl.config.algorithm import OldLogProbs, ScheduleConfig
+from verl.config.worker import ActorConfig
+from verl.metrics.bag import MetricBag
+from verl.models.forward import ORIGINAL, forward_views
+from verl.models.policy import PolicyModel
+from verl.protocol import DataProto
+from verl.workers.training.guarded_step import GuardedStep
+
+# Columns of a batch that loss terms may read, besides those that their forward makes.
+STORED_SUFFIXES = ("log_probs", "advantages", "scores", "accuracy", "response_mask", "_rows")
+ALL = ""  # stands for all valid tokens among the denominators of the terms
+
+
+@torch.no_grad()
+def compute_log_probs(
+    policy: PolicyModel,
+    batch: DataProto,
+    view: str,
+    temperature: float,
+    micro_batch_size: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """Log-probs [B, R] float32 of the responses under `view`, on CPU, without gradient."""
+    policy.eval()
+    parts = []
+    for rows in batch.split(micro_batch_size):
+        covered = view_column(view, "rows")
+        if view != ORIGINAL and not rows[covered].any():
+            # Nothing to see, but on another rank there may be, and FSDP's collectives wait for this one: one row goes
+            # through as text, and what it gives is not used.
+            one = rows.rows(slice(0, 1)).with_columns({covered: torch.ones(1, dtype=torch.bool)})
+            forward_views(policy, one, [view], temperature, device)
+            parts.append(torch.zeros(rows["response_mask"].shape))
+            continue
+        parts.append(forward_views(policy, rows, [view], temperature, device).popitem()[1].float().cpu())
+    return torch.cat(parts)
+
+
+def add_mismatch(metrics: MetricBag, log_probs: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> None:
+    """How far engine and trainer are apart, where no pass before the updates tells (see `rollout_metrics`)."""
+    log_probs, rollout = (torch.where(mask.bool(), column.double(), 0.0) for column in (log_probs, rollout))
+    difference = (log_probs - rollout).abs()
+    metrics.add_tokens("rollout/log_prob_diff_mean", difference, mask)
+    metrics.add_tokens("rollout/mismatch_kl", k3(rollout, log_probs), mask)
+    metrics.add_max("rollout/log_prob_diff_max", difference.max().item())
+
+
+@dataclass
+class DataParallelActor:
+    """Updates a sharded policy. Every rank holds one with its own rows and calls it in step with the others."""
+
+    policy: PolicyModel
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    terms: list[LossTerm]
+    live_views: tuple[str, ...]
+    config: ActorConfig
+    max_response_length: int
+    device: torch.device
+    exact: tuple[str, ...] = ()
+    old_log_probs: OldLogProbs = OldLogProbs.auto
+    nonfinite_terms: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        limits = (self.config.max_grad_norm, self.config.max_skipped_updates)
+        self.step = GuardedStep("actor", self.policy, self.optimizer, self.schedule, *limits, self.device)
+
+    def update_policy(
+        self,
+        batch: DataProto,
+        num_mini_batches: int,
+        temperature: float,
+        step: int = 1,
+        total_steps: int = 1,
+        scale: float = 1.0,
+    ) -> MetricBag:
+        """Clipped policy loss plus every other term; one optimizer update per mini-batch and epoch.
+
+        Args:
+            batch: this rank's rows, mini-batch after mini-batch, each with equally many.
+            step: counted from 1, of `total_steps`; coefficients may follow a schedule.
+            scale: multiplies the coefficients of maximised terms, which have no end of their own.
+
+        Returns:
+            this rank's metrics, to be merged over ranks.
+
+        Raises:
+            RuntimeError: `max_skipped_updates` updates in a row were not finite.
+        """
+        self.policy.train()
+        metrics = MetricBag()
+        coefs = {}
+        for term in self.terms:
+            factor = scale if term.kind.sign < 0 else 1.0
+            coefs[term.name] = factor * term.coef(step, total_steps)
+            if term.config.schedule != ScheduleConfig() or factor != 1.0:
+                metrics.add(f"actor/coef/{term.name}", coefs[term.name])
+        for epoch in range(self.config.ppo_epochs):
+            for number, mini_batch in enumerate(batch.chunk(num_mini_batches)):
+                denominators = self._count(mini_batch)
+                for rows in mini_batch.split(self.config.micro_batch_size_per_device_for_update):
+                    self._backward(rows, denominators, temperature, metrics, coefs, first=epoch == number == 0)
+                self.step(metrics, self.nonfinite_terms)
+        return metrics
+
+    def _count(self, mini_batch: DataProto) -> dict[str, Denominators]:
+        """What each term counts in the mini-batch over all ranks, and every micro-batch divides by."""
+        columns = dict(mini_batch.tensors.items())
+        counted = [mini_batch["response_mask"].sum(-1), *(term.counted(columns) for term in self.terms)]
+        counts = torch.stack([Denominators.count(count) for count in counted])
+        counts = counts.to(self.device)
+        dist.all_reduce(counts)
+        names = [ALL, *(term.name for term in self.terms)]
+        pairs = zip(names, counts.tolist(), strict=True)
+        return {name: Denominators(*pair, self.max_response_length) for name, pair in pairs}
+
+    def _backward(
+        self,
+        rows: DataProto,
+        denominators: dict[str, Denominators],
+        temperature: float,
+        metrics: MetricBag,
+        coefs: dict[str, float],
+        first: bool,
+    ) -> None:
+        """Forward, losses and backward of one micro-batch; gradients add up in the parameters."""
+        views = [ORIGINAL, *self.live_views]
+        live = forward_views(self.policy, rows, views, temperature, self.device, self.exact)
+        stored = {n: t.to(self.device) for n, t in rows.tensors.items() if n.endswith(STORED_SUFFIXES)}
+        mask = stored["response_mask"]
+        if "old_log_probs" not in stored:
+            from_rollout = self.old_log_probs == OldLogProbs.rollout
+            stored["old_log_probs"] = stored["rollout_log_probs"] if from_rollout else live["log_probs"].detach()
+            if first:
+                add_mismatch(metrics, live["log_probs"].detach(), stored["rollout_log_probs"], mask)
+        elif first:
+            # Nothing has been updated yet: whatever differs here is numerics, and should be almost 0.
+            difference = (live["log_probs"].detach() - stored["old_log_probs"])[mask.bool()]
+            metrics.add_max("actor/first_log_ratio_max", difference.abs().max().item() if len(difference) else 0.0)
+        average = self.config.loss_avg_mode
+        losses = compute_losses(self.terms, {**stored, **live}, mask, average, denominators, metrics, coefs)
+        gradients = self._gradients_by_term(losses, live, mask, denominators[ALL], metrics)
+        # FSDP averages over ranks; the denominators are global already, so the shares must be summed.
+        torch.autograd.backward(list(live.values()), [g * dist.get_world_size() for g in gradients])
+
+    def _gradients_by_term(
+        self,
+        losses: dict[str, torch.Tensor],
+        live: dict[str, torch.Tensor],
+        mask: torch.Tensor,
+        denominators: Denominators,
+        metrics: MetricBag,
+    ) -> list[torch.Tensor]:
+        """d loss / d log-probs [B, R] of each live column, summed over terms; term by term to see who does what.
+
+        Terms are functions of the log-probs alone, so this costs a few operations per token. It shows how hard
+        each term pulls on a token (`actor/pull/<term>`: mean |d loss / d log-prob|, times the tokens of the
+        mini-batch), and lays a gradient that is not finite at a term's door before it reaches the weights.
+        """
+        totals = [torch.zeros_like(column) for column in live.values()]
+        for name, loss in losses.items():
+            if not loss.requires_grad:
+                continue
+            found = torch.autograd.grad(loss, list(live.values()), retain_graph=True, allow_unused=True)
+            parts = [
+                torch.zeros_like(total) if part is None else part for total, part in zip(totals, found, strict=True)
+            ]
+            pull = sum(part.abs() for part in parts)
+            if not torch.isfinite(pull).all() or not torch.isfinite(loss):
+                self.nonfinite_terms.add(name)
+            metrics.add_tokens(f"actor/pull/{name}", pull * denominators.tokens, mask)
+            totals = [total + part for total, part in zip(totals, parts, strict=True)]
+        return totals
