@@ -16,6 +16,8 @@ from papo.tools.doctor.command import add_doctor
 from papo.tools.export.command import add_export
 from verl.config.algorithm import ViewConfig, ViewStage
 from verl.config.data import DataConfig
+from verl.config.keys import as_markdown, as_text, nearest, reference
+from verl.config.option import check_options
 from verl.data.thumbnails import side_by_side
 from verl.data.views import VIEW_CONFIGS, transform
 from verl.legacy.translate import translate
@@ -46,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     add_mask(commands)
     add_convert_config(commands)
+    add_keys(commands)
     add_doctor(commands)
     add_export(commands)
     add_data(commands)
@@ -101,10 +104,26 @@ def strategy_config(strategy: str, overrides: list[str]) -> ViewConfig:
         raise ValueError(
             f"{strategy} with {' '.join(overrides)}: {error.msg.splitlines()[0]}; its options: {known}"
         ) from error
-    config.check(strategy)
+    check_options(config, strategy)
     if config.kind != strategy or config.column:
         raise ValueError("kind is given by --strategy, and column needs a dataset: neither can be an option here")
     return config
+
+
+def add_keys(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("keys", help="print every config key with its default, values and meaning")
+    command.add_argument("prefix", nargs="?", default="", metavar="PREFIX", help="such as worker.rollout")
+    command.add_argument("--markdown", action="store_true", help="as the page configs/KEYS.md")
+    command.set_defaults(run=keys)
+
+
+def keys(options: argparse.Namespace) -> None:
+    """Write the reference of all keys, or of those that begin with a prefix."""
+    found = reference(options.prefix)
+    if not found:
+        sections = sorted({key.key.rpartition(".")[0] for key in reference()})
+        raise ValueError(f"no key begins with '{options.prefix}': {nearest(options.prefix, sections)}")
+    sys.stdout.write(as_markdown(found) if options.markdown else as_text(found))
 
 
 def add_convert_config(commands: argparse._SubParsersAction) -> None:

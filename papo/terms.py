@@ -10,35 +10,23 @@ from verl.algorithms.losses.estimators import SAMPLED, Estimator
 from verl.algorithms.losses.term import Columns, loss_term, only_view_rows
 from verl.columns import view_column
 from verl.config.algorithm import LossTermConfig
+from verl.config.option import option
 
 
 @dataclass
 class PerceptionKLConfig(LossTermConfig):
-    """Coefficient gamma; `view` names the corrupted view.
-
-    `estimator`: see Estimator; `full` needs a view with grad=true. `detach` keeps the gradient out of the masked
-    branch even where its view is live. `cap`: tokens whose KL is larger count as `cap` and give no gradient.
-    `top_fraction`: of each response only this share of its tokens counts, those with the largest KL, and the mean is
-    taken over them. `incorrect_weight` multiplies the tokens of wrong responses (0: correct ones alone).
-    """
+    """The perception KL's options."""
 
     kind: str = "perception_kl"
-    coef: float = 0.01
-    view: str = "masked"
-    estimator: Estimator = Estimator.k3
-    detach: bool = False
-    cap: float | None = None
-    top_fraction: float = 1.0
-    incorrect_weight: float = 1.0
-
-    def check(self, key: str) -> None:
-        super().check(key)
-        if self.cap is not None and self.cap <= 0:
-            raise ValueError(f"{key}.cap={self.cap}: a value above 0, or null for none")
-        if not 0 < self.top_fraction <= 1:
-            raise ValueError(f"{key}.top_fraction={self.top_fraction}: a share above 0 and at most 1 is needed")
-        if self.incorrect_weight < 0:
-            raise ValueError(f"{key}.incorrect_weight={self.incorrect_weight}: 0 or more is needed")
+    coef: float = option(0.01, "coefficient gamma", least=0)
+    view: str = option("masked", "name of the corrupted view")
+    estimator: Estimator = option(Estimator.k3, "k1, k2, k3, or full (over the vocabulary; needs a live view)")
+    detach: bool = option(False, "keep the gradient out of the masked branch even where its view is live")
+    cap: float | None = option(None, "tokens with a larger KL count as this and give no gradient", above=0)
+    top_fraction: float = option(
+        1.0, "share of a response's tokens that counts, those with the largest KL", above=0, most=1
+    )
+    incorrect_weight: float = option(1.0, "factor on the tokens of wrong responses; 0: correct ones alone", least=0)
 
 
 def _full(config: PerceptionKLConfig) -> str:

@@ -10,25 +10,19 @@ from verl.algorithms.losses.estimators import k3
 from verl.algorithms.shapers import Columns, advantage_shaper
 from verl.columns import view_column
 from verl.config.algorithm import ShaperConfig
+from verl.config.option import option
 
 SAME = 1e-6  # nats per token; responses whose dependency differs by less are alike
 
 
 @dataclass
 class VPPOConfig(ShaperConfig):
-    """`view` names the corrupted view. Of each response the share `top_fraction` of its tokens keeps its advantage;
-    `min_scale` is the factor on the response that depends least on the image."""
+    """VPPO's options."""
 
     kind: str = "vppo"
-    view: str = "masked"
-    top_fraction: float = 0.4
-    min_scale: float = 0.9
-
-    def check(self, key: str) -> None:
-        if not 0 < self.top_fraction <= 1:
-            raise ValueError(f"{key}.top_fraction={self.top_fraction}: a share above 0 and at most 1 is needed")
-        if not 0 <= self.min_scale <= 1:
-            raise ValueError(f"{key}.min_scale={self.min_scale}: a factor from 0 to 1 is needed")
+    view: str = option("masked", "name of the corrupted view")
+    top_fraction: float = option(0.4, "share of a response's tokens that keeps its advantage", above=0, most=1)
+    min_scale: float = option(0.9, "factor on the response that depends least on the image", least=0, most=1)
 
 
 def _requires(config: VPPOConfig) -> tuple[str, ...]:

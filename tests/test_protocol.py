@@ -18,7 +18,6 @@ def proto(rows: int = 6) -> DataProto:
     return DataProto.from_dict(
         {"a": torch.arange(rows), "b": torch.arange(rows * 2).view(rows, 2)},
         {"uid": [f"u{i}" for i in range(rows)], "mm_inputs": [shared[i // 2] for i in range(rows)]},
-        {"k": 1},
     )
 
 

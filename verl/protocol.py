@@ -15,11 +15,10 @@ from verl.columns import COLUMNS
 
 @dataclass
 class DataProto:
-    """Rows of tensors and of Python objects, with a little that belongs to the batch as a whole.
+    """Rows of tensors and of Python objects.
 
-    `tensors` holds tensors whose first dimension is the row, `objects` one-dimensional object arrays (texts,
-    uids, dicts of image tensors), `meta` what is true of all rows (the temperature). What the columns mean
-    is written in `verl.columns`.
+    `tensors` holds tensors whose first dimension is the row, `objects` one-dimensional object arrays (texts, uids,
+    images). `verl.columns` declares every column.
 
     Rows that share an object (the n responses of one prompt share their image tensors) go on sharing it when
     the batch is indexed, split, joined or pickled, so images cross Ray once per prompt.
@@ -27,7 +26,6 @@ class DataProto:
 
     tensors: TensorDict
     objects: dict[str, np.ndarray] = field(default_factory=dict)
-    meta: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, column in self.objects.items():
@@ -39,7 +37,6 @@ class DataProto:
         cls,
         tensors: Mapping[str, torch.Tensor],
         objects: Mapping[str, Sequence[Any]] | None = None,
-        meta: Mapping[str, Any] | None = None,
     ) -> DataProto:
         """Make a batch; raises ValueError where columns disagree in their number of rows."""
         rows = {name: len(column) for name, column in {**tensors, **(objects or {})}.items()}
@@ -49,7 +46,6 @@ class DataProto:
         return cls(
             TensorDict(dict(tensors), batch_size=[num_rows]),
             {name: object_array(column) for name, column in (objects or {}).items()},
-            dict(meta or {}),
         )
 
     def __len__(self) -> int:
@@ -72,13 +68,13 @@ class DataProto:
             raise KeyError(f"no columns {missing}; there are {sorted([*self.tensors.keys(), *self.objects])}")
         tensors = {name: self.tensors[name] for name in names if name in self.tensors.keys()}
         objects = {name: self.objects[name] for name in names if name in self.objects}
-        return DataProto(TensorDict(tensors, batch_size=self.tensors.batch_size), objects, dict(self.meta))
+        return DataProto(TensorDict(tensors, batch_size=self.tensors.batch_size), objects)
 
     def rows(self, index: torch.Tensor | slice) -> DataProto:
         """The rows in `index` (integers, booleans or a slice), in that order."""
         array_index = index if isinstance(index, slice) else index.numpy()
         objects = {name: column[array_index] for name, column in self.objects.items()}
-        return DataProto(self.tensors[index], objects, dict(self.meta))
+        return DataProto(self.tensors[index], objects)
 
     def with_columns(
         self,
@@ -87,7 +83,7 @@ class DataProto:
     ) -> DataProto:
         """A batch that also has these columns; a column of the same name is replaced."""
         merged = {**dict(self.tensors.items()), **(tensors or {})}
-        return DataProto.from_dict(merged, {**self.objects, **(objects or {})}, self.meta)
+        return DataProto.from_dict(merged, {**self.objects, **(objects or {})})
 
     def repeat_interleave(self, times: int) -> DataProto:
         """Each row `times` times, copies side by side."""
@@ -106,7 +102,7 @@ class DataProto:
 
     @staticmethod
     def concat(parts: Sequence[DataProto]) -> DataProto:
-        """The rows of all parts, in order; all must have the same columns. Takes `meta` from the first."""
+        """The rows of all parts, in order; all must have the same columns."""
         if not parts:
             raise ValueError("nothing to concatenate")
         columns = set(parts[0].tensors.keys()) | set(parts[0].objects)
@@ -114,7 +110,7 @@ class DataProto:
             if set(part.tensors.keys()) | set(part.objects) != columns:
                 raise ValueError(f"parts have different columns: {sorted(columns)} and {sorted(part.tensors.keys())}")
         objects = {name: np.concatenate([part.objects[name] for part in parts]) for name in parts[0].objects}
-        return DataProto(torch.cat([part.tensors for part in parts]), objects, dict(parts[0].meta))
+        return DataProto(torch.cat([part.tensors for part in parts]), objects)
 
 
 def object_array(values: Sequence[Any]) -> np.ndarray:

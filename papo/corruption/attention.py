@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from omegaconf import MISSING
 from PIL import Image
 
 from papo.corruption.patches import ShareConfig, blacken, lowest
+from verl.config.option import option
 from verl.data.views import image_view
 
 if TYPE_CHECKING:  # transformers is imported where a model is loaded, and only then
@@ -34,16 +35,13 @@ class AttentionConfig(ShareConfig):
     """
 
     kind: str = "attention"
-    model_path: str = MISSING
-    layers: list[int] = field(default_factory=lambda: [6, 7, 8, 9])
-    max_patches: int = 1024
+    model_path: str = option(MISSING, "a DINOv2: folder or hub name")
+    layers: list[int] = option(lambda: [6, 7, 8, 9], "layers whose attention counts, from 0")
+    max_patches: int = option(1024, "most patches that it sees of a picture", least=1)
 
     def check(self, key: str) -> None:
-        super().check(key)
         if not self.layers or min(self.layers) < 0:
             raise ValueError(f"{key}.layers={self.layers}: one layer or more is needed, counted from 0")
-        if self.max_patches < 1:
-            raise ValueError(f"{key}.max_patches={self.max_patches}: 1 or more is needed")
         try:  # a mistyped path stops a run here, before anything is built
             load_dino(self.model_path, max(self.layers))
         except (ValueError, FileNotFoundError) as error:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageColor
 
 from verl.config.algorithm import ViewConfig
+from verl.config.option import option
 from verl.data.views import image_view
 
 
@@ -17,12 +17,7 @@ class GaussianNoiseConfig(ViewConfig):
     """Normal noise of standard deviation `std`, where black is 0 and white 1. The paper calls 0.8 ineffective."""
 
     kind: str = "gaussian_noise"
-    std: float = 0.6
-
-    def check(self, key: str) -> None:
-        super().check(key)
-        if not math.isfinite(self.std) or self.std < 0:
-            raise ValueError(f"{key}.std={self.std}: a finite value of 0 or more is needed")
+    std: float = option(0.6, "standard deviation of the noise; black is 0, white 1", least=0)
 
 
 @image_view("gaussian_noise", GaussianNoiseConfig)
@@ -37,10 +32,9 @@ class BlankConfig(ViewConfig):
     """Nothing but `color`: a name as in CSS, or '#rrggbb' (quoted twice in a shell: "color='#336699'")."""
 
     kind: str = "blank"
-    color: str = "black"
+    color: str = option("black", "name as in CSS, or '#rrggbb'")
 
     def check(self, key: str) -> None:
-        super().check(key)
         try:
             ImageColor.getcolor(self.color, "RGB")
         except ValueError as error:
@@ -60,7 +54,6 @@ class PrecomputedConfig(ViewConfig):
     kind: str = "precomputed"
 
     def check(self, key: str) -> None:
-        super().check(key)
         if not self.column:
             raise ValueError(f"{key}.column is not set: it names the dataset column that holds the masked pictures")
 

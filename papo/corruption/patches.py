@@ -9,32 +9,23 @@ import numpy as np
 from PIL import Image
 
 from verl.config.algorithm import ViewConfig
+from verl.config.option import option
 from verl.data.views import image_view
 
 
 @dataclass
 class ShareConfig(ViewConfig):
-    """`prob` is the share of the picture that is hidden."""
+    """A share of the picture is hidden."""
 
-    prob: float = 0.6
-
-    def check(self, key: str) -> None:
-        super().check(key)
-        if not 0 <= self.prob <= 1:
-            raise ValueError(f"{key}.prob={self.prob}: a probability from 0 to 1 is needed")
+    prob: float = option(0.6, "share of the picture that is hidden", least=0, most=1)
 
 
 @dataclass
 class PatchConfig(ShareConfig):
-    """Squares of `patch_size` pixels are black or untouched; with `exact`, round(prob * squares) of them are black."""
+    """Squares of `patch_size` pixels are black or untouched."""
 
-    patch_size: int = 14
-    exact: bool = False
-
-    def check(self, key: str) -> None:
-        super().check(key)
-        if self.patch_size < 1:
-            raise ValueError(f"{key}.patch_size={self.patch_size}: 1 pixel or more is needed")
+    patch_size: int = option(14, "side of a square, pixels", least=1)
+    exact: bool = option(False, "black round(prob * squares) of them, not each with probability prob")
 
 
 def patch_grid(image: Image.Image, patch_size: int) -> tuple[int, int]:
@@ -80,7 +71,7 @@ class PixelConfig(PatchConfig):
     """Random single pixels are black: the "random" masking of TRL, a weak corruption to compare with."""
 
     kind: str = "pixel"
-    patch_size: int = 1
+    patch_size: int = option(1, "side of a square, pixels", least=1)
 
 
 @image_view("pixel", PixelConfig)

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from papo.terms import PerceptionKLConfig
-from verl.algorithms.losses.compose import Denominators, LossTerm, build_terms, compute_losses, reduce_values
+from verl.algorithms.losses.compose import (
+    Denominators,
+    LossTerm,
+    build_terms,
+    coefficients,
+    compute_losses,
+    reduce_values,
+)
 from verl.algorithms.losses.entropy import EntropyTermConfig
 from verl.algorithms.losses.sft import SFTTermConfig
 from verl.algorithms.losses.term import LOSS_TERMS, TermKind
@@ -78,12 +85,19 @@ def test_padding_that_is_not_finite_does_not_reach_the_loss():
     assert torch.isfinite(share) and torch.isfinite(values.grad).all()
 
 
+def as_configured(terms) -> dict[str, float]:
+    """The coefficients of the config."""
+    return coefficients(terms, 1, 1)
+
+
 def test_a_coefficient_of_zero_gives_a_metric_and_no_loss():
     values, mask = batch()
     bag = MetricBag()
     terms = build_terms({"entropy": EntropyTermConfig(coef=0.0), "sharpen": EntropyTermConfig(coef=0.5)})
     denominators = dict.fromkeys(("entropy", "sharpen"), counted(mask))
-    losses = compute_losses(terms, {"log_probs": values}, mask, LossAverage.token, denominators, bag)
+    losses = compute_losses(
+        terms, {"log_probs": values}, mask, LossAverage.token, denominators, bag, coefficients(terms, 1, 1)
+    )
     assert list(losses) == ["sharpen"]
     mean = by_hand(-values, mask, LossAverage.token)
     assert losses["sharpen"].item() == pytest.approx(0.5 * mean)
@@ -107,7 +121,7 @@ def test_a_term_over_part_of_the_tokens_is_averaged_over_those(average, size):
     bag, total = MetricBag(), 0.0
     for rows in torch.arange(len(values)).split(size):
         part = {name: column[rows] for name, column in columns.items()}
-        total += compute_losses(terms, part, mask[rows], average, denominators, bag)["kl"].item()
+        total += compute_losses(terms, part, mask[rows], average, denominators, bag, as_configured(terms))["kl"].item()
     kept = []
     for row, length in zip((values.exp() - 1 - values).tolist(), mask.sum(-1).tolist(), strict=True):
         kept.append(sorted(row[:length], reverse=True)[: math.ceil(0.4 * length)])
@@ -128,7 +142,7 @@ def test_coefficients_of_the_step_replace_those_of_the_config():
     terms = build_terms({"sharpen": EntropyTermConfig(coef=0.5)})
     denominators = {"sharpen": counted(mask)}
     arguments = (terms, {"log_probs": values}, mask, LossAverage.token, denominators)
-    full = compute_losses(*arguments, MetricBag())["sharpen"]
+    full = compute_losses(*arguments, MetricBag(), as_configured(terms))["sharpen"]
     fifth = compute_losses(*arguments, MetricBag(), {"sharpen": 0.1})["sharpen"]
     assert fifth.item() == pytest.approx(full.item() / 5)
 
@@ -148,6 +162,7 @@ def test_a_term_that_reduces_is_refused_by_name():
             LossAverage.token,
             {"mine": Denominators(1, 1, 1)},
             MetricBag(),
+            {"mine": 1.0},
         )
 
 
@@ -180,13 +195,15 @@ def test_imitation_is_the_mean_over_the_tokens_of_correct_responses(size):
     bag, total = MetricBag(), 0.0
     for rows in torch.arange(len(values)).split(size):
         part = {name: column[rows] for name, column in columns.items()}
-        total += compute_losses(terms, part, mask[rows], LossAverage.token, denominators, bag)["sft"].item()
+        total += compute_losses(
+            terms, part, mask[rows], LossAverage.token, denominators, bag, coefficients(terms, 1, 1)
+        )["sft"].item()
     expected = -by_hand(values[::3], mask[::3], LossAverage.token)
     assert total == pytest.approx(expected, abs=1e-13) and bag.result()["actor/sft"] == pytest.approx(expected)
     columns["accuracy"] = torch.zeros(len(values))
     none = {"sft": Denominators(*Denominators.count(terms[0].counted(columns)).tolist(), MAX_LENGTH)}
     bag = MetricBag()
-    assert compute_losses(terms, columns, mask, LossAverage.token, none, bag)["sft"].item() == 0
+    assert compute_losses(terms, columns, mask, LossAverage.token, none, bag, as_configured(terms))["sft"].item() == 0
     assert "actor/sft" not in bag.result()
 
 
@@ -200,7 +217,13 @@ def test_a_views_metrics_are_means_over_the_rows_that_it_covers():
     )
     bag = MetricBag()
     losses = compute_losses(
-        terms, columns, mask, LossAverage.token, dict.fromkeys(("perception_kl", "masked_entropy"), counted(mask)), bag
+        terms,
+        columns,
+        mask,
+        LossAverage.token,
+        dict.fromkeys(("perception_kl", "masked_entropy"), counted(mask)),
+        bag,
+        as_configured(terms),
     )
     kl, entropy = (values / 2).exp() - 1 - values / 2, -values / 2
     assert bag.result() == pytest.approx(

@@ -11,6 +11,7 @@ from verl.algorithms.losses.compose import Denominators, reduce_values
 from verl.algorithms.losses.policy import CISPOTermConfig, GSPOTermConfig
 from verl.algorithms.losses.term import LOSS_TERMS, TermOutput
 from verl.config.algorithm import LossAverage
+from verl.config.option import check_options
 
 B, T = 8, 6
 LENGTHS = [6, 5, 4, 3, 2, 1, 6, 0]
@@ -139,7 +140,7 @@ def test_either_takes_the_place_of_the_policy_term(kind):
     config = {"gspo": GSPOTermConfig, "cispo": CISPOTermConfig}[kind]()
     (term,) = build_terms({"policy": config})
     assert (term.metric, config.coef, term.kind.sign) == ("actor/pg_loss", 1.0, 1)
-    found = find_requirements([term], {})
+    found = find_requirements([term], {}, {})
     assert found.old and not found.reference and not found.inert
 
 
@@ -147,4 +148,4 @@ def test_either_takes_the_place_of_the_policy_term(kind):
 @pytest.mark.parametrize("config_class", [GSPOTermConfig, CISPOTermConfig])
 def test_clip_ranges_without_meaning_are_refused_by_key(config_class, key, value):
     with pytest.raises(ValueError, match=f"algorithm.terms.policy.{key}={value}"):
-        config_class(**{key: value}).check("algorithm.terms.policy")
+        check_options(config_class(**{key: value}), "algorithm.terms.policy")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from papo.terms import PerceptionKLConfig
-from verl.algorithms.losses.compose import Denominators, build_terms, compute_losses
+from verl.algorithms.losses.compose import Denominators, build_terms, coefficients, compute_losses
 from verl.algorithms.losses.entropy import EntropyTermConfig
 from verl.algorithms.losses.policy import PolicyTermConfig
 from verl.algorithms.losses.ref_kl import RefKLTermConfig
@@ -81,7 +81,8 @@ def ours(columns, low, high, beta, gamma, eta1, eta2) -> torch.Tensor:
     )
     mask = columns["response_mask"]
     denominators = {t.name: Denominators(*Denominators.count(t.counted(columns)).tolist(), T) for t in terms}
-    return sum(compute_losses(terms, columns, mask, LossAverage.token, denominators, MetricBag()).values())
+    coefs = coefficients(terms, 1, 1)
+    return sum(compute_losses(terms, columns, mask, LossAverage.token, denominators, MetricBag(), coefs).values())
 
 
 @pytest.mark.parametrize("spread", [0.05, 0.5, 3.0])

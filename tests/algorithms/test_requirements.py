@@ -15,7 +15,7 @@ from verl.algorithms.requirements import find_requirements
 
 
 def requirements(grad: bool = False, **terms):
-    return find_requirements(build_terms(terms), {"masked": RandomPatchConfig(grad=grad)})
+    return find_requirements(build_terms(terms), {"masked": RandomPatchConfig(grad=grad)}, {})
 
 
 def test_grpo_needs_the_old_policy_alone_and_a_kl_adds_the_reference():

@@ -111,22 +111,26 @@ def test_the_batch_arithmetic_in_words():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.rollout_batch_siez=3", "rollout_batch_siez"),
-        ("algorithm.terms.perception_kl.gamma=1", "gamma"),
-        ("data.rollout_batch_size=many", "many"),
-        ("worker.actor.loss_avg_mode=tokens", "tokens"),
-        ("+term@algorithm.terms.x=perception_lk", "perception_lk"),
+        ("data.rollout_batch_siez=3", "no key data.rollout_batch_siez: did you mean data.rollout_batch_size or"),
+        ("rollout.n=3", "no key rollout.n: did you mean worker.rollout.n or"),
+        ("algorithm.terms.perception_kl.gamma=1", "no key algorithm.terms.perception_kl.gamma: did you mean"),
+        ("data.rollout_batch_size=many", "data.rollout_batch_size=many: .* could not be converted to Integer"),
+        ("worker.actor.loss_avg_mode=tokens", "loss_avg_mode=tokens: .*expected one of .token, seq, seq_sum"),
+        ("+term@algorithm.terms.x=perception_lk", "no term 'perception_lk': did you mean perception_kl"),
+        ("view@algorithm.views.masked=gird", "no view 'gird': did you mean grid"),
+        ("trainer.logger=[", r"trainer.logger=\[: no viable alternative"),
     ],
 )
 def test_what_does_not_compose_names_the_key(override, message):
-    with pytest.raises(ValueError, match=f"does not compose.*{message}"):
+    with pytest.raises(ValueError, match=message) as raised:
         preset("papo_grpo", override)
+    assert "\n" not in str(raised.value)
 
 
 def test_unknown_presets_and_missing_values_are_named():
-    with pytest.raises(ValueError, match="no preset 'papo_gpro'.*papo_grpo"):
+    with pytest.raises(ValueError, match="no preset 'papo_gpro'.*did you mean papo_grpo"):
         preset("papo_gpro")
-    with pytest.raises(ValueError, match="no preset 'grpo' in /nowhere; there are: none"):
+    with pytest.raises(ValueError, match="there is no preset in /nowhere"):
         compose_config("grpo", config_dir="/nowhere")
     with pytest.raises(ValueError, match="need a value: worker.actor.model.model_path"):
         compose_config("grpo", ["data.val_files=b"])
@@ -146,9 +150,9 @@ def test_unknown_presets_and_missing_values_are_named():
             ["worker.rollout.val_override_config.temperature=0", "worker.rollout.val_override_config.n=4"],
             "val_override_config.temperature=0 takes the likeliest token, so its n=4 .*val_override_config.n=1",
         ),
-        (["worker.actor.optim.lr_warmup_ratio=1.5"], "worker.actor.optim: lr_warmup_ratio=1.5 is a share"),
+        (["worker.actor.optim.lr_warmup_ratio=1.5"], "optim.lr_warmup_ratio=1.5: a value from 0 to 1"),
         (["worker.actor.micro_batch_size_per_device_for_update=0"], "for_update=0: a value above 0"),
-        (["worker.actor.model.lora.rank=-1"], "lora.rank=-1: 1 or more, or 0"),
+        (["worker.actor.model.lora.rank=-1"], "lora.rank=-1: 0 or more"),
         (["worker.actor.model.lora.alpha=0"], "lora.alpha=0: a value above 0"),
         (["worker.actor.model.lora.target_modules=[]"], "lora.target_modules=.*all-linear, or a list of names"),
         (["worker.actor.model.lora.target_modules=[q_proj,3]"], r"lora.target_modules=\['q_proj', 3\]: all-linear"),
@@ -164,7 +168,7 @@ def test_unknown_presets_and_missing_values_are_named():
         (["worker.rollout.name=sglang"], "unknown rollout engine .* 'sglang'; known: hf, vllm"),
         (["worker.rollout.name=hf", "worker.rollout.tensor_parallel_size=2"], "the engine hf runs on one GPU"),
         (["worker.rollout.val_override_config.top_p=0"], "val_override_config.top_p=0"),
-        (["worker.rollout.val_override_config.temperature=-1"], "val_override_config.temperature: 0 "),
+        (["worker.rollout.val_override_config.temperature=-1"], "config.temperature=-1.0: 0 or more, or null"),
         (["worker.rollout.val_override_config.n=0"], "val_override_config.n=0"),
         (["worker.rollout.gpu_memory_utilization=1.2"], "gpu_memory_utilization=1.2"),
         (["worker.rollout.limit_images=-1"], "limit_images=-1"),
@@ -172,14 +176,14 @@ def test_unknown_presets_and_missing_values_are_named():
         (["worker.rollout.max_model_len=6143"], "max_model_len=6143 is below .* = 6144"),
         (["algorithm.filter_low=1"], "algorithm.filter_low=1.0 is not below algorithm.filter_high=0.99"),
         (["algorithm.overlong_buffer=2049"], "algorithm.overlong_buffer=2049: from 0"),
-        (["data.mini_rollout_batch_size=128"], "data.mini_rollout_batch_size=128: .* only with .*online_filtering"),
+        (["data.mini_rollout_batch_size=128"], "data.mini_rollout_batch_size=128: only with .*online_filtering"),
         (["algorithm.old_log_probs=rollout", "algorithm.terms.policy.tis=token"], "terms.policy.tis corrects"),
         (["algorithm.watchdog.window=0"], "algorithm.watchdog.window=0"),
         (["algorithm.watchdog.reduce_factor=1"], "algorithm.watchdog.reduce_factor=1.0"),
         (["worker.rollout.max_failures=0"], "max_failures=0"),
         (["worker.reward.num_workers=0"], "worker.reward.num_workers=0: 1 or more, or null"),
         (["worker.reward.timeout_s=0"], "worker.reward.timeout_s=0.0: a value above 0"),
-        (["worker.reward.max_failure_frac=1"], "worker.reward.max_failure_frac=1.0: from 0 to below 1"),
+        (["worker.reward.max_failure_frac=1"], "worker.reward.max_failure_frac=1.0: a value from 0 to below 1"),
         (["worker.reward.weight=nan"], "worker.reward.weight=nan: a finite number"),
         (
             ["+reward@worker.reward.extra.main=function", "worker.reward.extra.main.reward_function=a"],
@@ -187,12 +191,12 @@ def test_unknown_presets_and_missing_values_are_named():
         ),
         (["algorithm.adv_estimator=gea"], "unknown advantage estimator .* 'gea'"),
         (["algorithm.gamma=1.1"], "algorithm.gamma=1.1: a value from 0 to 1"),
-        (["algorithm.reward_kl.coef=-1"], "algorithm.reward_kl.coef=-1.0: a finite value of 0 or more"),
+        (["algorithm.reward_kl.coef=-1"], "algorithm.reward_kl.coef=-1.0: 0 or more"),
         (["algorithm.reward_kl.estimator=full"], "algorithm.reward_kl.estimator=full: .* k1, k2 or k3"),
-        (["algorithm.reward_kl.horizon=0"], "algorithm.reward_kl: target=0.1 and horizon=0 must be above 0"),
+        (["algorithm.reward_kl.horizon=0"], "algorithm.reward_kl.horizon=0: a value above 0"),
         (
             ["+shaper@algorithm.shapers.vppo=vppo", "algorithm.shapers.vppo.top_fraction=0"],
-            "algorithm.shapers.vppo.top_fraction=0.0: a share above 0",
+            "algorithm.shapers.vppo.top_fraction=0.0: a value above 0 and at most 1",
         ),
         (
             ["+shaper@algorithm.shapers.vppo=vppo", "algorithm.shapers.vppo.view=blurred"],

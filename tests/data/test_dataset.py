@@ -31,7 +31,7 @@ def test_one_prompt_holds_one_token_per_merged_patch(tmp_path, vision):
     item = dataset(path, vision)[0]
     image_token = vision.config.image_token_id
     assert (item["prompt_ids"] == image_token).sum() == 3
-    assert item["mm_inputs"]["image_grid_thw"].tolist() == [[1, 2, 6]]
+    assert item["mm_inputs"].tensors()["image_grid_thw"].tolist() == [[1, 2, 6]]
     assert item["uid"] == f"{path}:0" and item["answer"] == "7"
     assert item["prompt_positions"].shape == (3, len(item["prompt_ids"]))
 
@@ -48,7 +48,7 @@ def test_parquet_json_jsonl_folders_and_lists_give_the_same_prompts(tmp_path, vi
     for reference in (tmp_path / "rows.jsonl", tmp_path / "rows.json", folder):
         item = dataset(reference, vision, image_dir=str(tmp_path))[0]
         assert torch.equal(item["prompt_ids"], expected["prompt_ids"])
-        assert torch.equal(item["mm_inputs"]["pixel_values"], expected["mm_inputs"]["pixel_values"])
+        assert torch.equal(item["mm_inputs"].tensors()["pixel_values"], expected["mm_inputs"].tensors()["pixel_values"])
 
 
 def test_files_whose_columns_do_not_fit_together_are_named(tmp_path, vision):
@@ -63,8 +63,8 @@ def test_text_only_and_multi_image_rows(tmp_path, vision):
         tmp_path / "a.parquet", [row("How much is 3+4?", images=0), row("<image> and <image>: add.", images=2)]
     )
     data = dataset(path, vision)
-    assert data[0]["mm_inputs"] == {} and data[0]["images"] == []
-    assert data[1]["mm_inputs"]["image_grid_thw"].shape == (2, 3)
+    assert not data[0]["mm_inputs"] and data[0]["images"] == []
+    assert data[1]["mm_inputs"].tensors()["image_grid_thw"].shape == (2, 3)
 
 
 def test_palette_gray_and_transparent_images_are_made_rgb_first(tmp_path, vision):
@@ -203,7 +203,9 @@ def test_loader_processes_give_the_same_batches(tmp_path, vision):
     for first, second in zip(here, beside, strict=True):
         assert first["uid"].tolist() == second["uid"].tolist()
         assert torch.equal(first["prompt_ids"], second["prompt_ids"])
-        assert torch.equal(first["mm_inputs"][0]["pixel_values"], second["mm_inputs"][0]["pixel_values"])
+        assert torch.equal(
+            first["mm_inputs"][0].tensors()["pixel_values"], second["mm_inputs"][0].tensors()["pixel_values"]
+        )
 
 
 def test_a_name_that_neither_disk_nor_hub_knows_is_named(vision):

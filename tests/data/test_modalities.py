@@ -15,10 +15,10 @@ from verl.config.compose import compose_config
 from verl.config.data import DataConfig
 from verl.data.dataset import PromptDataset
 from verl.data.vision import VisionProcessor
-from verl.models.families import image_spans
+from verl.models.families.base import Images
 from verl.protocol import DataProto
 from verl.trainer.collect import reward_inputs
-from verl.trainer.plan import check, check_companions, check_sight
+from verl.trainer.plan import check, check_reference_and_critic, check_vision
 
 
 def vision_of(families, model_type: str) -> VisionProcessor:
@@ -38,7 +38,7 @@ def test_a_text_only_model_refuses_images_wherever_they_come_from(families, mode
     with pytest.raises(ValueError, match="model_path holds a Qwen.* which reads text only: it has no image processor"):
         vision.resize(Image.new("RGB", (28, 28)))
     with pytest.raises(ValueError, match="a:1: the prompt has 1 image.s., and Qwen.* reads text only"):
-        image_spans(torch.tensor([40]), torch.tensor([[1, 2, 2]]), vision.config, "a:1")
+        vision.family.image_spans(torch.tensor([40]), Images.of([{}]), vision.config, "a:1")
 
 
 def test_a_text_only_model_needs_neither_an_image_column_nor_images_in_it(families, tmp_path):
@@ -46,7 +46,7 @@ def test_a_text_only_model_needs_neither_an_image_column_nor_images_in_it(famili
     (tmp_path / "a.jsonl").write_text(json.dumps({"problem": "How much is 1+1?", "answer": "2"}))
     without = dataset(str(tmp_path / "a.jsonl"), vision)[0]
     empty = dataset(write_parquet(tmp_path / "a.parquet", [row("How much is 1+1?", images=0)]), vision)[0]
-    assert without["prompt_ids"].tolist() == empty["prompt_ids"].tolist() and without["mm_inputs"] == {}
+    assert without["prompt_ids"].tolist() == empty["prompt_ids"].tolist() and not without["mm_inputs"]
     assert "How much is 1+1?<|im_end|>" in vision.tokenizer.decode(without["prompt_ids"])
 
 
@@ -68,21 +68,21 @@ BASE = ["data.train_files=a", "data.val_files=b", "worker.actor.model.model_path
 def test_masked_views_and_a_frozen_tower_need_a_model_that_sees(families):
     papo, grpo = (compose_config(name, BASE) for name in ("papo_grpo", "grpo"))
     sees, reads = (vision_of(families, model_type) for model_type in ("qwen3_vl", "qwen3"))
-    check_sight(papo, check(papo), sees)
-    check_sight(grpo, check(grpo), reads)
+    check_vision(papo, check(papo), sees)
+    check_vision(grpo, check(grpo), reads)
     with pytest.raises(ValueError, match="algorithm.views.masked .* holds a Qwen3 model.*grpo or dapo"):
-        check_sight(papo, check(papo), reads)
+        check_vision(papo, check(papo), reads)
     grpo.worker.actor.model.freeze_vision_tower = True
-    check_sight(grpo, check(grpo), sees)
+    check_vision(grpo, check(grpo), sees)
     with pytest.raises(ValueError, match="freeze_vision_tower=true: .* Qwen3 model, which reads text only"):
-        check_sight(grpo, check(grpo), reads)
+        check_vision(grpo, check(grpo), reads)
 
 
 @pytest.mark.parametrize(("model_type", "size", "fits"), [("qwen3_vl", 14, False), ("qwen3_vl", 32, True)])
 def test_squares_that_straddle_the_towers_patches_are_reported(families, model_type, size, fits, caplog):
     options = ["algorithm.views.masked.stage=resized", f"algorithm.views.masked.patch_size={size}"]
     config = compose_config("papo_grpo", [*BASE, *options])
-    check_sight(config, check(config), vision_of(families, model_type))
+    check_vision(config, check(config), vision_of(families, model_type))
     assert ("patch_size=14, and Qwen3-VL has patches of 16 pixels" in caplog.text) != fits
 
 
@@ -104,10 +104,10 @@ PIXELS = ["data.min_pixels=784", "data.max_pixels=12544"]
 def test_reference_and_critic_must_read_what_the_actor_reads(families):
     sees = vision_of(families, "qwen3_vl")
     config = compose_config("papo_grpo", [*BASE, *PIXELS, f"worker.ref.model_path={families['qwen3_vl'] / 'model'}"])
-    check_companions(config, check(config), sees)
+    check_reference_and_critic(config, check(config), sees)
     config.worker.ref.model_path = str(families["qwen2_5_vl"] / "model")
     with pytest.raises(ValueError, match="worker.ref.model_path=.*model type"):
-        check_companions(config, check(config), sees)
+        check_reference_and_critic(config, check(config), sees)
 
 
 def test_another_vocabulary_is_noticed(families, tmp_path):
@@ -118,4 +118,4 @@ def test_another_vocabulary_is_noticed(families, tmp_path):
     critic = ["algorithm.adv_estimator=gae", f"worker.critic.model_path={folder}"]
     config = compose_config("papo_grpo", [*BASE, *PIXELS, *critic])
     with pytest.raises(ValueError, match="worker.critic.model_path=.*vocabulary"):
-        check_companions(config, check(config), vision_of(families, "qwen3_vl"))
+        check_reference_and_critic(config, check(config), vision_of(families, "qwen3_vl"))

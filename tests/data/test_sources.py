@@ -31,7 +31,7 @@ def dataset(reference, vision, **options) -> PromptDataset:
 
 
 def grids(item) -> list[list[int]]:
-    return item["mm_inputs"]["image_grid_thw"].tolist() if item["mm_inputs"] else []
+    return item["mm_inputs"].tensors()["image_grid_thw"].tolist() if item["mm_inputs"] else []
 
 
 def picture(width: int = 56, height: int = 28) -> Picture.Image:

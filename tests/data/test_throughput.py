@@ -92,7 +92,7 @@ def test_the_message_to_a_rank_holds_an_image_once(tmp_path, vision):
     data = PromptDataset(write_parquet(tmp_path / "a.parquet", [row(width=112, height=112)]), "k", DataConfig(), vision)
     prompts = PromptCollator(vision.special.pad)([data[0], data[0]]).select(["prompt_ids", "mm_inputs"])
     sizes = {n: len(pickle.dumps(prompts.repeat_interleave(n))) for n in (1, 16)}
-    pixels = prompts["mm_inputs"][0]["pixel_values"].nbytes
+    pixels = prompts["mm_inputs"][0].tensors()["pixel_values"].nbytes
     assert 2 * pixels < sizes[1] and sizes[16] - sizes[1] < 0.3 * pixels
 
 

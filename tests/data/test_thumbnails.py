@@ -16,10 +16,10 @@ from tests.papo.test_corruption import picture
 from verl.config.algorithm import ViewPer, ViewStage
 from verl.config.config import Config
 from verl.data.thumbnails import GAP, LONGEST_SIDE, side_by_side, thumbnails, views_to_show
-from verl.data.views import encode_view, image_seeds
+from verl.data.views import change_images, image_seeds
 from verl.data.vision import VisionProcessor
 from verl.protocol import DataProto
-from verl.trainer.validation import generation_rows
+from verl.trainer.validation import Validation
 from verl.workers.reward.base import Outcome
 
 
@@ -36,8 +36,8 @@ def test_a_thumbnail_has_the_mask_of_the_first_response_in_the_first_epoch(visio
     made = thumbnails("a:1", [image], {"masked": view}, vision, seed=3)
     assert list(made) == ["image", "masked"] and (np.array(made["image"]) == np.array(image)).all()
     seeds = image_seeds("masked", view, 1, seed=3, uid="a:1", epoch=0, response=0)
-    trained = encode_view("masked", view, [image], seeds, vision)
-    shown = vision.encode_images([made["masked"]], do_resize=stage == ViewStage.raw)
+    trained, shown = change_images("masked", view, [image], seeds, vision), [made["masked"]]
+    trained, shown = (vision.encode_images(i, do_resize=stage == ViewStage.raw).tensors() for i in (trained, shown))
     assert torch.equal(shown["pixel_values"], trained["pixel_values"])
 
 
@@ -62,10 +62,10 @@ def test_rows_for_a_table_have_texts_scores_and_pictures_where_there_are_some(vi
     prompts = DataProto.from_dict({}, objects)
     inputs = [{"response": f"r{i}", "response_length": 2, "ground_truth": f"{i}"} for i in range(3)]
     outcomes = [Outcome({"overall": i / 2, "accuracy": 1.0}, None, 0.0) for i in range(3)]
-    run = SimpleNamespace(vision=vision, config=Config())
-    views = {"masked": RandomPatchConfig()}
-    rows = generation_rows(run, prompts, prompts, inputs, outcomes, views, count=2)
+    validation = object.__new__(Validation)
+    validation.plan, validation.views = SimpleNamespace(vision=vision, config=Config()), {"masked": RandomPatchConfig()}
+    rows = validation._rows(prompts, prompts, inputs, outcomes, count=2)
     texts = {"uid": "a:1", "prompt": "p1", "response": "r1", "answer": "1"}
     assert rows[1] == {**texts, "score/overall": 0.5, "score/accuracy": 1.0} and len(rows) == 2
     assert set(rows[0]) - set(rows[1]) == {"image", "masked"}
-    assert generation_rows(run, prompts, prompts, inputs, outcomes, views, count=0) == []
+    assert validation._rows(prompts, prompts, inputs, outcomes, count=0) == []

@@ -38,7 +38,7 @@ def masked(prompts_and_vision, seed=1, epoch=0, copies=1, **options):
 
 
 def pixels(batch, index):
-    return batch["masked_mm_inputs"][index]["pixel_values"]
+    return batch["masked_mm_inputs"][index].tensors()["pixel_values"]
 
 
 def test_masks_repeat_by_seed_uid_and_epoch(prompts_and_vision):
@@ -61,13 +61,13 @@ def test_a_masks_random_numbers_do_not_depend_on_the_other_prompts(prompts_and_v
 def test_rows_without_images_are_not_covered(prompts_and_vision):
     batch = masked(prompts_and_vision)
     assert batch["masked_rows"].tolist() == [True, True, False, True]
-    assert batch["masked_mm_inputs"][2] == {}
+    assert not batch["masked_mm_inputs"][2]
 
 
 def test_nothing_masked_is_the_original_bit_for_bit(prompts_and_vision):
     batch = masked(prompts_and_vision, prob=0.0)
     for index in (0, 1, 3):
-        assert torch.equal(pixels(batch, index), batch["mm_inputs"][index]["pixel_values"])
+        assert torch.equal(pixels(batch, index), batch["mm_inputs"][index].tensors()["pixel_values"])
 
 
 def test_every_image_of_a_prompt_has_a_mask_of_its_own(prompts_and_vision):
@@ -121,8 +121,9 @@ def test_resize_is_the_processors_own(prompts_and_vision, size):
     image = noise(*size)
     resized = vision.resize(image)
     assert resized.width % 28 == 0 and resized.height % 28 == 0
-    wanted = vision.encode_images([image])
-    for found in (vision.encode_images([resized], do_resize=False), vision.encode_images([resized])):
+    wanted = vision.encode_images([image]).tensors()
+    for images in (vision.encode_images([resized], do_resize=False), vision.encode_images([resized])):
+        found = images.tensors()
         assert torch.equal(found["image_grid_thw"], wanted["image_grid_thw"])
         torch.testing.assert_close(found["pixel_values"], wanted["pixel_values"], rtol=0, atol=1e-6)
 
@@ -131,17 +132,20 @@ def test_patches_of_a_resized_view_are_patches_of_the_vision_tower(prompts_and_v
     """Raw patches straddle the tower's where the picture is resized; resized ones hide whole ones or nothing."""
     prompts, vision = prompts_and_vision
     assert vision.processor.image_processor.patch_size == 14
-    black = vision.encode_images([Image.new("RGB", (28, 28))])["pixel_values"][0]
+    black = vision.encode_images([Image.new("RGB", (28, 28))]).tensors()["pixel_values"][0]
     aligned = {}
     for stage in ("raw", "resized"):
         batch = masked(prompts_and_vision, stage=stage, prob=0.5)
-        found, original = pixels(batch, 1), prompts["mm_inputs"][1]["pixel_values"]
+        found, original = pixels(batch, 1), prompts["mm_inputs"][1].tensors()["pixel_values"]
         hidden, kept = (found == black).all(dim=1), (found == original).all(dim=1)
-        assert torch.equal(batch["masked_mm_inputs"][1]["image_grid_thw"], prompts["mm_inputs"][1]["image_grid_thw"])
+        assert torch.equal(
+            batch["masked_mm_inputs"][1].tensors()["image_grid_thw"],
+            prompts["mm_inputs"][1].tensors()["image_grid_thw"],
+        )
         aligned[stage] = bool((hidden | kept).all()) and bool(hidden.any()) and bool(kept.any())
     assert aligned == {"raw": False, "resized": True}
     same = masked(prompts_and_vision, stage="resized", prob=0.0)
-    assert torch.equal(pixels(same, 1), prompts["mm_inputs"][1]["pixel_values"])
+    assert torch.equal(pixels(same, 1), prompts["mm_inputs"][1].tensors()["pixel_values"])
 
 
 def with_hints(path, hints):
@@ -165,7 +169,7 @@ def test_precomputed_pictures_come_from_their_column(prompts_and_vision, tmp_pat
     path = with_hints(tmp_path / "a.parquet", [[{"bytes": png(colour=c), "path": None}] for c in colours])
     batch = hinted(path, vision)
     for index, colour in enumerate(colours):
-        wanted = vision.encode_images([Image.new("RGB", (56, 28), colour)])["pixel_values"]
+        wanted = vision.encode_images([Image.new("RGB", (56, 28), colour)]).tensors()["pixel_values"]
         assert torch.equal(pixels(batch, index), wanted)
 
 

@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 
 from papo.corruption.patches import RandomPatchConfig
 from papo.terms import PerceptionKLConfig
-from verl.algorithms.losses.compose import build_terms
+from verl.algorithms.losses.compose import build_terms, coefficients
 from verl.algorithms.losses.entropy import EntropyTermConfig
 from verl.algorithms.losses.policy import PolicyTermConfig
 from verl.algorithms.losses.ref_kl import RefKLTermConfig
@@ -26,6 +26,7 @@ from verl.algorithms.requirements import find_requirements
 from verl.config.algorithm import LossAverage, LossTermConfig, OldLogProbs
 from verl.config.worker import ActorConfig, ComputeDtype, FSDPConfig, ModelConfig
 from verl.data.vision import load_special_tokens
+from verl.metrics.bag import MetricBag
 from verl.models.policy import PolicyModel
 from verl.plugins import load_plugins
 from verl.protocol import DataProto
@@ -75,10 +76,11 @@ def build_actor(
         cpu_offload=options.pop("cpu_offload", False),
     )
     dtype = options.pop("dtype", torch.float32)
+    temperature = options.pop("temperature", 1.0)
     old_log_probs = options.pop("old_log_probs", OldLogProbs.auto)
     config = ActorConfig(**{"max_grad_norm": 1e9, "micro_batch_size_per_device_for_update": 100, **options})
     banned = load_special_tokens(str(model)).banned
-    wrap = partial(PolicyModel, banned=banned, logits_chunk_size=config.logits_chunk_size)
+    wrap = partial(PolicyModel, banned=banned, temperature=temperature, logits_chunk_size=config.logits_chunk_size)
     policy = build_sharded(model_config, fsdp, wrap, CPU, dtype)
     optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=lr)
     built = build_terms(terms or papo_terms())
@@ -87,13 +89,17 @@ def build_actor(
         optimizer=optimizer,
         schedule=torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0),
         terms=built,
-        live_views=("masked",) if live else (),
-        exact=find_requirements(built, {"masked": RandomPatchConfig(grad=live)}).exact,
+        requirements=find_requirements(built, {"masked": RandomPatchConfig(grad=live)}, {}),
         old_log_probs=old_log_probs,
         config=config,
         max_response_length=MAX_RESPONSE_LENGTH,
         device=CPU,
     )
+
+
+def update(actor: DataParallelActor, batch: DataProto, mini_batches: int = 1) -> MetricBag:
+    """The updates of a step with the coefficients of the config; this rank's metrics."""
+    return actor.update_policy(batch, mini_batches, coefficients(actor.terms, 1, 1))
 
 
 def weights(actor: DataParallelActor) -> dict[str, torch.Tensor]:
@@ -104,11 +110,11 @@ def weights(actor: DataParallelActor) -> dict[str, torch.Tensor]:
 
 def gradient(model: Path, batch: DataProto, **options: Any) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """(gradient of one mini-batch by weight, this rank's metrics)."""
-    defaults = {"mini_batches": 1, "temperature": 1.0, "step": 1, "total_steps": 1, "scale": 1.0}
-    arguments = [options.pop(name, default) for name, default in defaults.items()]
+    mini_batches = options.pop("mini_batches", 1)
+    schedule = [options.pop(name, default) for name, default in (("step", 1), ("total_steps", 1), ("scale", 1.0))]
     actor = build_actor(model, **options)
     before = weights(actor)
-    metrics = actor.update_policy(batch, *arguments)
+    metrics = actor.update_policy(batch, mini_batches, coefficients(actor.terms, *schedule))
     after = weights(actor)
     return {name: before[name] - after[name] for name in before}, metrics.result()
 
@@ -129,4 +135,4 @@ def _rank(rank: int, world_size: int, folder: str, function: Callable, arguments
         torch.save(function(rank, *arguments), os.path.join(folder, f"{rank}.pt"))
 
 
-__all__ = ["LossAverage", "build_actor", "gradient", "on_ranks", "papo_terms", "process_group", "weights"]
+__all__ = ["LossAverage", "build_actor", "gradient", "on_ranks", "papo_terms", "process_group", "update", "weights"]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.fakes.actors import build_actor
+from tests.fakes.actors import build_actor, update
 from verl.checkpoint.files import FileEntry
 from verl.checkpoint.folder import CheckpointFolder
 from verl.config.worker import LRSchedule, OptimConfig, OptimStrategy
@@ -36,7 +36,7 @@ def adam_actor(model: Path, strategy: OptimStrategy = OptimStrategy.adamw, **opt
 def train(actor: DataParallelActor, batch: DataProto, updates: int) -> dict[str, float]:
     """Updates on this rank's rows; returns the last one's metrics."""
     rows = batch.chunk(dist.get_world_size())[dist.get_rank()]
-    return [actor.update_policy(rows, 1, temperature=1.0).result() for _ in range(updates)][-1]
+    return [update(actor, rows, 1).result() for _ in range(updates)][-1]
 
 
 def state(actor: DataParallelActor) -> dict[str, torch.Tensor]:

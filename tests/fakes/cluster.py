@@ -14,6 +14,7 @@ import torch
 
 from tests.fakes.rollouts import make_batch
 from tests.fakes.rows import row
+from verl.algorithms.losses.compose import build_terms, coefficients
 from verl.config.compose import compose_config
 from verl.config.config import Config
 from verl.data.collate import PromptCollator
@@ -48,8 +49,9 @@ class Cluster:
 
     def train(self, assets: Path, updates: int = 3) -> None:
         """Move every weight of the actor, by real updates."""
+        coefs = coefficients(build_terms(self.config.algorithm.terms), 1, 1)
         for _ in range(updates):
-            self.actor.update_policy(make_batch(assets), 1)
+            self.actor.update_policy(make_batch(assets), 1, coefs)
 
     def generate(self, prompts: DataProto, sampling: list[SamplingParams]) -> DataProto:
         return self.rollout.result(self.rollout.generate(prompts, sampling))

@@ -50,7 +50,7 @@ def plain_values(inner: nn.Module, batch: DataProto) -> tuple[ValueModel, list[t
     critic, found = random_head(inner).double(), []
     for i in range(len(batch)):
         ids = batch["input_ids"][i][batch["attention_mask"][i].bool()]
-        vision = {name: value for name, value in batch["mm_inputs"][i].items() if name != "image_ids"}
+        vision = batch["mm_inputs"][i].tensors()
         if vision:
             vision["mm_token_type_ids"] = (ids == inner.config.image_token_id).int()[None]
             vision["pixel_values"] = vision["pixel_values"].double()

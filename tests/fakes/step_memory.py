@@ -46,8 +46,8 @@ def main(model: str, n: int) -> None:
         own = loads(dumps(shard, protocol=5))
         for part in own.split(MICRO_BATCH):
             masked = DataProto(part.tensors, {"mm_inputs": part.objects["masked_mm_inputs"]})
-            assert model_inputs(part, torch.device("cpu"))["pixel_values"] is not None
-            assert model_inputs(masked, torch.device("cpu"))["pixel_values"] is not None
+            assert model_inputs(part, torch.device("cpu"))["images"] is not None
+            assert model_inputs(masked, torch.device("cpu"))["images"] is not None
     sys.stdout.write(f"{memory('VmHWM') - before}\n")
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config
 
 from papo.corruption.patches import RandomPatchConfig
-from tests.fakes.actors import build_actor, gradient, on_ranks, process_group, weights
+from tests.fakes.actors import build_actor, gradient, on_ranks, process_group, update, weights
 from tests.fakes.critics import build_critic, plain_values
 from tests.fakes.families import MODELS, VISION
 from tests.fakes.rollouts import make_batch
@@ -24,7 +24,8 @@ from verl.data.collate import PromptCollator, join_responses
 from verl.data.dataset import PromptDataset
 from verl.data.views import add_view
 from verl.data.vision import VisionProcessor, load_special_tokens
-from verl.models.families import FAMILIES, family_of, positions_of_prompt, positions_of_response
+from verl.models.families import FAMILIES, family_of
+from verl.models.families.base import Images, positions_of_response
 from verl.protocol import DataProto
 from verl.workers.fsdp.export import save_huggingface
 from verl.workers.rollout.base import SamplingParams
@@ -64,7 +65,7 @@ def plain_log_probs(case: Case, plain: torch.nn.Module, row: int, images: str = 
     """Log-probs of one response by the Hugging Face model on this row alone, with positions that it makes itself."""
     batch = case.batch
     ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
-    inputs = {k: v for k, v in batch[images][row].items() if k != "image_ids"}
+    inputs = batch[images][row].tensors()
     if inputs:
         inputs["mm_token_type_ids"] = (ids == plain.config.image_token_id).int()[None]
     logits = plain(input_ids=ids[None], **inputs).logits[0, :-1].clone()
@@ -85,7 +86,7 @@ def test_positions_equal_those_of_transformers(families, sizes):
         model = AutoModelForImageTextToText.from_pretrained(folder)
         images = [Image.new("RGB", size) for size in sizes]
         encoded = vision.encode_prompt(vision.chat_text("Look: " + "<image>" * len(images) + " add."), images)
-        ids, grid = encoded["prompt_ids"], encoded["mm_inputs"].get("image_grid_thw")
+        ids, grid = encoded["prompt_ids"], encoded["mm_inputs"].tensors().get("image_grid_thw")
         types = (ids == model.config.image_token_id).int()
         expected, delta = model.model.get_rope_index(ids[None], mm_token_type_ids=types[None], image_grid_thw=grid)
         torch.testing.assert_close(encoded["prompt_positions"], expected[:, 0])
@@ -96,7 +97,7 @@ def test_positions_equal_those_of_transformers(families, sizes):
 
 def test_positions_of_text_count(case):
     config = case.plain().config
-    assert positions_of_prompt(torch.tensor([40, 41, 42]), None, config).tolist() == [[0, 1, 2]] * 3
+    assert family_of(config).positions(torch.tensor([40, 41, 42]), Images(), config).tolist() == [[0, 1, 2]] * 3
 
 
 def test_log_probs_of_a_mixed_padded_batch_are_those_of_each_row_alone(case, one_rank):
@@ -105,7 +106,7 @@ def test_log_probs_of_a_mixed_padded_batch_are_those_of_each_row_alone(case, one
     found = {}
     for images in views:
         view = images.removesuffix("mm_inputs").rstrip("_")
-        found[images] = compute_log_probs(actor.policy, case.batch, view, 1.0, 100, actor.device)
+        found[images] = compute_log_probs(actor.policy, case.batch, view, 100, actor.device)
         for row in range(len(case.batch)):
             if images == "mm_inputs" or case.batch["masked_rows"][row]:
                 expected = plain_log_probs(case, plain, row, images)
@@ -166,9 +167,9 @@ def test_a_frozen_vision_tower_stays(families, model_type, one_rank):
 def test_bfloat16_and_gradient_checkpointing_as_in_real_runs(case, one_rank):
     options = {"terms": TERMS, "live": False, "enable_gradient_checkpointing": True}
     exact, rounded = build_actor(case.model), build_actor(case.model, compute_dtype="bfloat16", **options)
-    reference, found = (compute_log_probs(a.policy, case.batch, "", 1.0, 100, a.device) for a in (exact, rounded))
+    reference, found = (compute_log_probs(a.policy, case.batch, "", 100, a.device) for a in (exact, rounded))
     assert 0 < (found - reference).abs().max() < 0.2
-    assert rounded.update_policy(case.batch, 1, temperature=1.0).result()["actor/skipped_frac"] == 0
+    assert update(rounded, case.batch, 1).result()["actor/skipped_frac"] == 0
     plain, _ = gradient(case.model, case.batch, terms=TERMS, live=False)
     assert_same(gradient(case.model, case.batch, **options)[0], plain)
 
@@ -191,18 +192,18 @@ def test_hf_engine_and_trainer_agree(case, one_rank):
     engine = HFEngine(config, vision.special, torch.device("cpu"))
     request = SamplingParams(n=3, temperature=0.8, top_p=1.0, top_k=-1, max_tokens=12, seed=0)
     responses = engine.generate(prompts, [replace(request, seed=i) for i in range(4)])
-    actor = build_actor(case.model)
+    actor = build_actor(case.model, temperature=0.8)
     batch = join_responses(prompts, responses, 3)
-    trainer = compute_log_probs(actor.policy, batch, "", 0.8, 100, actor.device)
+    trainer = compute_log_probs(actor.policy, batch, "", 100, actor.device)
     assert responses["response_mask"].sum() > 30
     assert (trainer - responses["rollout_log_probs"]).abs().max() < 1e-4
 
 
 def test_an_exported_policy_loads_in_plain_transformers(case, one_rank, tmp_path):
     actor = build_actor(case.model, terms=TERMS, live=False, lr=0.1)
-    actor.update_policy(case.batch, 1, temperature=1.0)
+    update(actor, case.batch, 1)
     save_huggingface(actor.policy, ModelConfig(str(case.model)), str(tmp_path / "saved"))
-    trained = compute_log_probs(actor.policy, case.batch, "", 1.0, 100, actor.device)
+    trained = compute_log_probs(actor.policy, case.batch, "", 100, actor.device)
     plain = case.plain(tmp_path / "saved")
     for row in (0, 4, 7):
         expected = plain_log_probs(case, plain, row)
@@ -228,10 +229,10 @@ def test_masks_of_a_resized_picture_lie_on_the_towers_patches(families, model_ty
     original = vision.encode_prompt(vision.chat_text("<image>"), images)["mm_inputs"]
     objects = {"uid": ["a"], "images": [images], "view_images": [{}], "mm_inputs": [original]}
     row = DataProto.from_dict({"response_mask": torch.ones(1, 1)}, objects)
-    black = vision.encode_images([Image.new("RGB", (2 * patch, 2 * patch))])["pixel_values"][0]
+    black = vision.encode_images([Image.new("RGB", (2 * patch, 2 * patch))]).tensors()["pixel_values"][0]
     config = RandomPatchConfig(stage="resized", prob=0.5, patch_size=patch)
-    masked = add_view(row, "masked", config, vision, 1, 0)["masked_mm_inputs"][0]["pixel_values"]
-    hidden, kept = (masked == black).all(dim=1), (masked == original["pixel_values"]).all(dim=1)
+    masked = add_view(row, "masked", config, vision, 1, 0)["masked_mm_inputs"][0].tensors()["pixel_values"]
+    hidden, kept = (masked == black).all(dim=1), (masked == original.tensors()["pixel_values"]).all(dim=1)
     assert bool((hidden ^ kept).all()) and hidden.any() and kept.any()
 
 

@@ -12,6 +12,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from papo.corruption.attention import AttentionConfig, load_dino, saliency
 from tests.papo.test_corruption import hidden, picture
+from verl.config.option import check_options
 from verl.data.views import transform
 
 LAYERS = [1, 2]
@@ -79,9 +80,9 @@ def test_a_model_is_loaded_once(dino):
 )
 def test_what_cannot_be_loaded_is_refused_by_key(dino, options, error, named):
     with pytest.raises(error, match=named):
-        AttentionConfig(**{"model_path": dino, "layers": LAYERS, **options}).check("algorithm.views.masked")
+        check_options(AttentionConfig(**{"model_path": dino, "layers": LAYERS, **options}), "algorithm.views.masked")
 
 
 def test_another_kind_of_model_is_refused(assets):
     with pytest.raises(ValueError, match="masked.model_path=.* a dinov2 is needed"):
-        AttentionConfig(model_path=str(assets / "model")).check("algorithm.views.masked")
+        check_options(AttentionConfig(model_path=str(assets / "model")), "algorithm.views.masked")

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import papo.corruption.patches  # noqa: F401  (registers)
+from verl.config.option import check_options
 from verl.data.images import open_image
 from verl.data.views import VIEW_CONFIGS, transform
 
@@ -18,7 +19,7 @@ SHARES = ("random_patch", "pixel", "grid", "block")  # what hides `prob` of the 
 
 def config(kind: str, **options):
     made = VIEW_CONFIGS[kind](**options)
-    made.check(KEY)
+    check_options(made, KEY)
     return made
 
 

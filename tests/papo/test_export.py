@@ -19,6 +19,7 @@ from tests.fakes.actors import on_ranks, process_group
 from tests.fakes.cluster import MIXED
 from tests.fakes.rollouts import make_batch
 from tests.fakes.rows import write_parquet
+from verl.algorithms.losses.compose import build_terms, coefficients
 from verl.checkpoint.files import verify
 from verl.checkpoint.folder import CheckpointFolder
 from verl.config.compose import compose_config
@@ -56,7 +57,8 @@ def train(rank: int, assets: Path, model: Path, run: Path) -> dict[str, torch.Te
     folder = CheckpointFolder(str(run / "checkpoints"))
     for step in (2, 4):
         for _ in range(2):
-            worker.update_policy(make_batch(assets).chunk(world)[rank], 1, step, 4, 1.0)
+            coefs = coefficients(build_terms(config.algorithm.terms), step, 4)
+            worker.update_policy(make_batch(assets).chunk(world)[rank], 1, coefs)
         if rank == 0:
             os.mkdir(os.path.join(folder.begin(step), "actor"))
         dist.barrier()

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from papo.corruption.patches import RandomPatchConfig, random_patch
+from verl.config.option import check_options
 
 
 def white(width: int = 280, height: int = 420) -> Image.Image:
@@ -51,6 +52,6 @@ def test_sizes_that_are_no_multiple_of_the_patch():
 
 def test_options_without_meaning_are_refused_by_key():
     with pytest.raises(ValueError, match="algorithm.views.masked.prob=1.5"):
-        RandomPatchConfig(prob=1.5).check("algorithm.views.masked")
+        check_options(RandomPatchConfig(prob=1.5), "algorithm.views.masked")
     with pytest.raises(ValueError, match="patch_size=0"):
-        RandomPatchConfig(patch_size=0).check("algorithm.views.masked")
+        check_options(RandomPatchConfig(patch_size=0), "algorithm.views.masked")

@@ -14,15 +14,10 @@ import pytest
 import ray
 
 from tests.conftest import REPOSITORY
-from tests.fakes.runs import records
-from verl.algorithms.requirements import requirements_of
-from verl.algorithms.rewards import RewardKL
+from tests.fakes.steps import two_steps
 from verl.config.compose import compose_config
 from verl.config.config import Config
-from verl.trainer.collect import Collector
-from verl.trainer.plan import Plan, check, make_plan
-from verl.trainer.run import Run
-from verl.trainer.step import StepResult, run_step
+from verl.trainer.plan import Plan, make_plan
 from verl.trainer.workers import Workers
 from verl.workers.model_worker import ModelWorker
 
@@ -90,44 +85,29 @@ def built(ray_cluster, assets, tmp_path_factory) -> tuple[Plan, Workers, Path]:
     workers.rollout.stop()
 
 
-def two_steps(built: tuple[Plan, Workers, Path], config: Config) -> tuple[Run, list[StepResult]]:
-    plan, workers, _ = built
-    check(config)
-    run = Run(
-        config,
-        plan.sizes,
-        requirements_of(config.algorithm),
-        plan.vision,
-        workers,
-        2,
-        RewardKL(config.algorithm.reward_kl),
-    )
-    collector = Collector(run, ((epoch, prompts) for epoch in itertools.count() for prompts in plan.train_loader))
-    return run, [run_step(run, collector, step) for step in (1, 2)]
-
-
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_two_steps(built, assets, name):
     plan, workers, reward = built
     version = workers.rollout.version
-    run, results = two_steps(built, compose(assets, reward, *ALGORITHMS[name]))
+    prompts = ((epoch, prompts) for epoch in itertools.count() for prompts in plan.train_loader)
+    state, results = two_steps(plan, workers, compose(assets, reward, *ALGORITHMS[name]), prompts)
     assert workers.rollout.version == version + 2
     for result in results:
-        assert all(map(math.isfinite, result.metrics.values()))
-        assert result.metrics["actor/grad_norm"] > 0 and result.metrics["actor/skipped_frac"] == 0
-        assert result.metrics["actor/pull/policy"] > 0
-        assert result.metrics["train/reward"] > 0 and 0 <= result.metrics["reward/failed_frac"] < 0.9
-    first, last = results[0].metrics, results[1].metrics
+        assert all(map(math.isfinite, result.values()))
+        assert result["actor/grad_norm"] > 0 and result["actor/skipped_frac"] == 0
+        assert result["actor/pull/policy"] > 0
+        assert result["train/reward"] > 0 and 0 <= result["reward/failed_frac"] < 0.9
+    first, last = results
     newer = last["rollout/weight_version"] - first["rollout/weight_version"]
     assert newer == 1 or (name == "dapo" and 0 < newer < 1)  # groups that waited are a step older
     if "reward_kl" in name:
         assert first["train/reward_kl_coef"] == 0.1 and last["train/reward_kl"] != 0
-        assert (run.reward_kl.coef == 0.1) == (name == "reward_kl")
+        assert (state.reward_kl.coef == 0.1) == (name == "reward_kl")
     if name == "remax":  # baselines are graded, too, and dapo's dropped groups
         assert round(first["reward/failed_frac"] * 4 * (3 + 1), 9) % 1 == 0
     if name == "vppo":
         assert last["train/vppo/dependency"] > 0 and 0.3 < last["train/vppo/chosen_fraction"] < 0.6
-    failures = records(reward.parent / "out/reward_failures.jsonl")
+    failures = workers.reward.take_failures()
     assert {failure["reason"] for failure in failures} <= {"died", "raised"}
     for failure in failures:
         assert (sum(map(ord, failure["response"])) + int(failure["uid"].rpartition(":")[2])) % 6 == 0
@@ -142,13 +122,13 @@ def test_an_adapter_is_the_actors_alone(built, assets, tmp_path):
     plan = make_plan(compose(assets, reward, *ALGORITHMS["ppo"], *lora))
     workers = Workers.build(plan)
     try:
-        _, results = two_steps((plan, workers, reward), plan.config)
+        _, results = two_steps(plan, workers, plan.config, ((0, prompts) for prompts in plan.train_loader))
         groups = ((workers.actor, "policy"), (workers.reference, "policy"), (workers.critic, "critic.model"))
         names = {group.role: ray.get(group.workers[0].__ray_call__.remote(weight_names, of)) for group, of in groups}
     finally:
         workers.rollout.stop()
     assert {role for role, found in names.items() if any("lora" in name for name in found)} == {"actor"}
-    assert results[1].metrics["actor/ref_kl"] > 0 and results[1].metrics["critic/vf_loss"] > 0
+    assert results[1]["actor/ref_kl"] > 0 and results[1]["critic/vf_loss"] > 0
 
 
 def weight_names(worker: ModelWorker, model: str) -> list[str]:

@@ -10,14 +10,13 @@ import torch
 
 from tests.fakes.rows import row, write_parquet
 from verl.algorithms.requirements import requirements_of
-from verl.algorithms.rewards import RewardKL
 from verl.config.compose import compose_config
 from verl.config.sizes import Sizes
 from verl.data.collate import PromptCollator
 from verl.data.dataset import PromptDataset
 from verl.data.vision import VisionProcessor
 from verl.trainer.collect import Collector
-from verl.trainer.run import Run
+from verl.trainer.state import TrainState
 from verl.workers.reward.base import Failure, Outcome, RewardError
 from verl.workers.rollout.base import pad_responses
 
@@ -42,6 +41,13 @@ class Engine:
 
     def sleep(self):
         self.asleep = True
+
+
+class Collected(Collector):
+    """A collector whose steps are begun and finished at once."""
+
+    def collect(self):
+        return self.finish(self.begin())
 
 
 @pytest.fixture
@@ -83,11 +89,13 @@ def make(assets, tmp_path):
                 for start in range(0, 12, 3):
                     yield epoch, collator([data[i] for i in range(start, start + 3)])
 
-        workers = SimpleNamespace(rollout=Engine(vision.special.pad), reward=SimpleNamespace(start=reward, result=list))
+        rewards = SimpleNamespace(start=reward, result=list, begin=lambda expected: None)
+        workers = SimpleNamespace(rollout=Engine(vision.special.pad), reward=rewards)
         sizes = Sizes(ranks, 4, N, 2, 1, 8)
-        requirements = requirements_of(config.algorithm)
-        run = Run(config, sizes, requirements, vision, workers, 10, RewardKL(config.algorithm.reward_kl))
-        return Collector(run, prompts())
+        plan = SimpleNamespace(
+            config=config, sizes=sizes, requirements=requirements_of(config.algorithm, 1), vision=vision
+        )
+        return Collected(plan, workers, TrainState(prompts(), None, None))
 
     return make
 
@@ -105,7 +113,7 @@ def test_groups_that_are_all_right_or_all_wrong_are_replaced_and_the_surplus_wai
     second = collector.collect()
     assert answers(second) == [6, 8, 9, 10] and second.metrics["train/filter_waiting_groups"] == 1
     third = collector.collect()
-    assert answers(third)[0] == 11 and collector.run.workers.rollout.asleep
+    assert answers(third)[0] == 11 and collector.workers.rollout.asleep
     assert third.batch["weight_version"][0] == 4 and third.batch["weight_version"][-1] > 4
 
 
@@ -133,7 +141,7 @@ def test_too_few_groups_make_a_smaller_step_and_the_odd_one_waits(make, caplog):
         rows = collector.collect()
     assert "only 3 of 4 groups survived the filter in 4 tries" in caplog.text
     assert rows.mini_batches == 1 and answers(rows) == [1, 4]  # one update of two prompts
-    assert collector.waiting["answer"].tolist() == ["7"] * N
+    assert collector.state.waiting["answer"].tolist() == ["7"] * N
 
 
 def test_a_step_that_is_too_small_for_an_update_makes_a_smaller_one_if_ranks_can_share_it(make):
@@ -141,8 +149,8 @@ def test_a_step_that_is_too_small_for_an_update_makes_a_smaller_one_if_ranks_can
     rows = make(one, ranks=2).collect()
     assert rows.mini_batches == 1 and answers(rows) == [5]
     four = make(one, ranks=4)  # two responses cannot be shared by four: they wait for company
-    assert four.collect() is None and len(four.waiting) == N
-    assert answers(four.collect()) == [5, 5] and four.waiting is None
+    assert four.collect() is None and len(four.state.waiting) == N
+    assert answers(four.collect()) == [5, 5] and four.state.waiting is None
 
 
 def test_a_step_without_a_single_group_is_none_and_does_not_end_the_run(make):
@@ -154,7 +162,7 @@ def test_a_step_without_a_single_group_is_none_and_does_not_end_the_run(make):
 def test_without_the_filter_every_prompt_is_taken_as_it_comes(make):
     collector = make([0] * 12, online_filtering=False)
     rows = collector.collect()
-    assert answers(rows) == [0, 1, 2] and rows.metrics == {} and collector.run.workers.rollout.asked == 1
+    assert answers(rows) == [0, 1, 2] and rows.metrics == {} and collector.workers.rollout.asked == 1
 
 
 def test_a_filter_key_that_the_reward_does_not_return_is_named(make):

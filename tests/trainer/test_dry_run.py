@@ -64,7 +64,7 @@ def test_the_largest_sample_fills_the_prompt_with_what_the_data_may_hold(
     assert len(item["prompt_ids"]) == limit
     first, second = (with_noise(plan, item, number) for number in (0, 1))
     assert first["prompt_ids"].tolist() == item["prompt_ids"].tolist()
-    assert not set(first["mm_inputs"]["image_ids"]) & set(second["mm_inputs"]["image_ids"])  # nothing to be cached
+    assert not set(first["mm_inputs"].digests) & set(second["mm_inputs"].digests)  # nothing to be cached
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen3"])

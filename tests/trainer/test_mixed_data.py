@@ -12,15 +12,11 @@ import pytest
 
 from tests.fakes.rows import row, write_parquet
 from tests.fakes.runs import PARTIAL
+from tests.fakes.steps import two_steps
 from verl.algorithms.requirements import requirements_of
-from verl.algorithms.rewards import RewardKL
 from verl.config.compose import compose_config, presets
 from verl.config.config import Config
-from verl.config.sizes import compute_sizes
-from verl.trainer.collect import Collector
 from verl.trainer.plan import Plan, check, make_plan
-from verl.trainer.run import Run
-from verl.trainer.step import run_step
 from verl.trainer.workers import Workers
 from verl.workers.model_worker import ActorWorker
 
@@ -92,17 +88,13 @@ def test_two_steps_on_rows_with_and_without_images(built, assets, folder, preset
     config = compose(preset, assets, folder)
     check(config)
     ray.get([worker.__ray_call__.remote(become, config) for worker in workers.actor.workers])
-    requirements = requirements_of(config.algorithm)
+    requirements = requirements_of(config.algorithm, 1)
     assert (set(requirements.stored_views), set(requirements.live_views)) == (
         {"masked"} if preset in STORED else set(),
         {"masked"} if preset in LIVE else set(),
     )
-    run = Run(
-        config, compute_sizes(config), requirements, plan.vision, workers, 2, RewardKL(config.algorithm.reward_kl)
-    )
-    collector = Collector(run, ((0, prompts) for prompts in plan.train_loader))
-    for step in (1, 2):
-        metrics = run_step(run, collector, step).metrics
+    _, results = two_steps(plan, workers, config, ((0, prompts) for prompts in plan.train_loader))
+    for metrics in results:
         assert all(map(math.isfinite, metrics.values()))
         assert metrics["actor/grad_norm"] > 0 and metrics["actor/skipped_frac"] == 0
         assert metrics.get("actor/perception_kl", 1.0) > 0

@@ -12,7 +12,8 @@ from verl.algorithms.advantage import ADVANTAGES
 from verl.algorithms.rewards import RewardKL, overlong_penalty, token_rewards
 from verl.config.compose import compose_config
 from verl.protocol import DataProto
-from verl.trainer.advantages import add_advantages
+from verl.trainer.state import TrainState
+from verl.trainer.step import add_advantages
 from verl.workers.reward.base import Failure, Outcome
 
 N, PROMPTS, WIDTH = 4, 3, 6
@@ -43,16 +44,13 @@ def scores() -> list[float]:
 
 def found(options: list[str], columns: dict[str, torch.Tensor], failed: list[int]) -> DataProto:
     config = compose_config("papo_grpo" if "vppo" in str(options) else "grpo", [*BASE, *options])
-    run = SimpleNamespace(
-        config=config,
-        sizes=SimpleNamespace(responses_per_prompt=N),
-        reward_kl=RewardKL(config.algorithm.reward_kl),
-    )
+    plan = SimpleNamespace(config=config, sizes=SimpleNamespace(responses_per_prompt=N))
+    state = TrainState(None, None, RewardKL(config.algorithm.reward_kl))
     outcomes = [
         Outcome(None, Failure("timeout", ""), 1.0) if row in failed else Outcome({"overall": score}, None, 0.1)
         for row, score in enumerate(scores())
     ]
-    batch, _, metrics = add_advantages(run, DataProto.from_dict(columns), outcomes)
+    batch, _, metrics = add_advantages(plan, state, DataProto.from_dict(columns), outcomes)
     assert all(map(math.isfinite, metrics.values()))
     return batch
 

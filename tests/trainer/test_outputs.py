@@ -13,9 +13,9 @@ from verl.config.config import Config
 from verl.config.worker import RolloutConfig
 from verl.protocol import DataProto
 from verl.tracking.curves import draw_curves
-from verl.trainer.batch_metrics import reward_metrics, rollout_metrics, warn_of_mismatch
 from verl.trainer.launch import describe
 from verl.trainer.run_dir import RunDir
+from verl.trainer.step import reward_metrics, rollout_metrics, warn_of_mismatch
 from verl.workers.reward.base import Failure, Outcome
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,13 +16,14 @@ from verl.checkpoint.files import load_plain, save_plain
 from verl.checkpoint.folder import CheckpointFolder
 from verl.config.algorithm import KLController, RewardKLConfig, WatchdogAction, WatchdogConfig
 from verl.config.compose import compose_config
-from verl.data.loader import train_loader
+from verl.config.config import Config
+from verl.data.loader import PromptStream, train_loader
+from verl.models.families.base import Images
 from verl.protocol import DataProto
 from verl.tracking.run_info import settings
-from verl.trainer.progress import Driver, Progress, rows_from_plain, rows_to_plain
-from verl.trainer.prompts import PromptStream
-from verl.trainer.resume import changes, find_resume_point
+from verl.trainer.checkpoints import changes, find_resume_point
 from verl.trainer.run_dir import RunDir
+from verl.trainer.state import TrainState, rows_from_plain, rows_to_plain
 from verl.trainer.watchdog import Watchdog
 from verl.utils.rng import rng_state, set_rng_state
 from verl.workers.reward.base import Failure, Outcome
@@ -81,18 +81,18 @@ def test_random_numbers_go_on(tmp_path):
 
 
 def test_rows_that_wait_come_back_with_all_they_hold(tmp_path):
-    image = {"pixel_values": torch.rand(4, 6), "image_ids": ("a",)}
+    image = Images(({"pixel_values": torch.rand(4, 6)},), ("a",))
     outcomes = [Outcome({"overall": 0.5}, None, 0.1), Outcome(None, Failure("timeout", "after 2 s"), 2.0)]
     rows = DataProto.from_dict(
         {"responses": torch.arange(3000).view(1000, 3)},
         {"uid": [f"f:{i}" for i in range(1000)], "mm_inputs": [image] * 1000, "outcome": outcomes * 500},
-        {"t": 1.0},
     ).rows(slice(998, None))
     save_plain(str(tmp_path / "rows.pt"), rows_to_plain(rows))
     found = rows_from_plain(load_plain(str(tmp_path / "rows.pt")))
-    assert torch.equal(found["responses"], rows["responses"]) and found.meta == {"t": 1.0}
+    assert torch.equal(found["responses"], rows["responses"])
     assert list(found["uid"]) == ["f:998", "f:999"] and list(found["outcome"]) == outcomes
-    assert torch.equal(found["mm_inputs"][0]["pixel_values"], image["pixel_values"])
+    assert torch.equal(found["mm_inputs"][0].tensors()["pixel_values"], image.tensors()["pixel_values"])
+    assert found["mm_inputs"][0].digests == ("a",)
     assert found["mm_inputs"][0] is found["mm_inputs"][1]  # one image for the responses to one prompt
     assert (tmp_path / "rows.pt").stat().st_size < 6000  # the two rows, not the thousand they were cut from
 
@@ -121,39 +121,47 @@ def test_the_watchdog_goes_on(tmp_path):
         assert found + [second.observe(step, m) for step, m in enumerate(metrics[cut:], cut + 1)] == verdicts
 
 
-def driver(controller: KLController) -> Driver:
-    """The driver's parts; the run is no more than what they read of it."""
+def test_rows_that_an_earlier_version_saved_come_back():
+    """Images were dicts of tensors then, those of a view without names."""
+    grid = torch.tensor([[1, 2, 2], [1, 2, 4]])
+    images = {"pixel_values": torch.rand(12, 6), "image_grid_thw": grid}
+    objects = {"mm_inputs": [{**images, "image_ids": ("a", "b")}, {}], "masked_mm_inputs": [images, {}]}
+    found = rows_from_plain({"tensors": {"responses": torch.ones(2, 3)}, "objects": objects, "meta": {}})
+    own, masked = found["mm_inputs"][0], found["masked_mm_inputs"][0]
+    assert own.digests == ("a", "b") and len(set(masked.digests)) == 2 and len(found["mm_inputs"][1]) == 0
+    for name, tensor in images.items():
+        assert torch.equal(own.tensors()[name], tensor) and torch.equal(masked.tensors()[name], tensor)
+
+
+def state(controller: KLController) -> tuple[TrainState, Config]:
     config = compose_config("quickstart", ["data.train_files=x", "worker.actor.model.model_path=x"])
     config.algorithm.reward_kl = RewardKLConfig(coef=0.5, controller=controller)
-    workers = SimpleNamespace(rollout=SimpleNamespace(version=3))
-    run = SimpleNamespace(config=config, workers=workers, reward_kl=RewardKL(config.algorithm.reward_kl))
-    return Driver(run, Progress(), stream(), SimpleNamespace(waiting=None), watchdog())
+    return TrainState(stream(), watchdog(), RewardKL(config.algorithm.reward_kl)), config
 
 
 @pytest.mark.usefixtures("in_repository")
 def test_the_driver_goes_on_and_says_what_it_drops(caplog):
-    first = driver(KLController.adaptive)
-    first.progress.step, first.progress.validations, first.run.reward_kl.coef = 2, {"val_accuracy_before": 0.5}, 0.7
+    first, _ = state(KLController.adaptive)
+    first.step, first.validations, first.reward_kl.coef = 2, {"val_accuracy_before": 0.5}, 0.7
     next(first.prompts)
-    first.collector.waiting = DataProto.from_dict({"responses": torch.ones(2, 3)})
-    state = first.state_dict()
+    first.waiting = DataProto.from_dict({"responses": torch.ones(2, 3)})
+    saved = first.state_dict()
 
-    second = driver(KLController.adaptive)
-    second.load_state_dict(state, set())
-    assert second.progress.step == 2 and second.progress.validations == {"val_accuracy_before": 0.5}
-    assert second.run.reward_kl.coef == 0.7 and second.prompts.drawn == 2 and len(second.collector.waiting) == 2
-    assert second.run.workers.rollout.version == 2  # the sync behind it makes it 3
+    second, config = state(KLController.adaptive)
+    second.load_state_dict(saved, config, set())
+    assert second.step == 2 and second.validations == {"val_accuracy_before": 0.5}
+    assert second.reward_kl.coef == 0.7 and second.prompts.drawn == 2 and len(second.waiting) == 2
     assert not caplog.records
 
-    third = driver(KLController.fixed)
-    third.load_state_dict(state, {"data.seed", "worker.rollout.n"})
-    assert third.run.reward_kl.coef == 0.5 and third.prompts.drawn == 0 and third.collector.waiting is None
-    assert "the prompts are others than before (data.seed): epoch 1 begins anew" in caplog.text
+    third, config = state(KLController.fixed)
+    third.load_state_dict(saved, config, {"data.seed", "worker.rollout.n"})
+    assert third.reward_kl.coef == 0.5 and third.prompts.drawn == 0 and third.waiting is None
+    assert "the prompts are not those of the checkpoint (data.seed): epoch 1 begins anew" in caplog.text
     assert "responses that waited for the next step are dropped, since data.seed, worker.rollout.n" in caplog.text
 
 
 def test_the_best_step():
-    progress = Progress()
+    progress = TrainState(None, None, None)
     found = []
     for step, accuracy in enumerate((0.2, 0.1, 0.3, 0.3), 1):
         progress.step = step

@@ -10,7 +10,16 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from papo.terms import PerceptionKLConfig
-from tests.fakes.actors import MAX_RESPONSE_LENGTH, build_actor, gradient, on_ranks, papo_terms, process_group, weights
+from tests.fakes.actors import (
+    MAX_RESPONSE_LENGTH,
+    build_actor,
+    gradient,
+    on_ranks,
+    papo_terms,
+    process_group,
+    update,
+    weights,
+)
 from tests.fakes.rollouts import make_batch
 from tests.fakes.rows import row, write_parquet
 from verl.algorithms.losses.entropy import EntropyEstimator, EntropyTermConfig
@@ -18,7 +27,7 @@ from verl.algorithms.losses.estimators import Estimator
 from verl.algorithms.losses.policy import CISPOTermConfig, GSPOTermConfig, PolicyTermConfig
 from verl.algorithms.losses.ref_kl import RefKLTermConfig
 from verl.config.algorithm import LossAverage, OldLogProbs, ScheduleConfig, Truncation
-from verl.models.families import MODALITY_TOKENS
+from verl.models.families.base import Family
 from verl.workers.training.dp_actor import compute_log_probs
 
 
@@ -54,8 +63,7 @@ def definition(model, batch, average=LossAverage.token, plain=None):
     def log_probs(i, images):
         keep = batch["attention_mask"][i].bool()
         ids = batch["input_ids"][i][keep]
-        vision = dict(batch[images][i])
-        vision.pop("image_ids", None)
+        vision = batch[images][i].tensors()
         if vision:
             vision["mm_token_type_ids"] = (ids == plain.config.image_token_id).int()[None]
         logits = plain(input_ids=ids[None], **vision).logits[0, :-1].clone()
@@ -93,7 +101,9 @@ def banned_ids(model):
     from transformers import AutoTokenizer
 
     return set(
-        AutoTokenizer.from_pretrained(model).convert_tokens_to_ids([t for t in MODALITY_TOKENS if "audio" not in t])
+        AutoTokenizer.from_pretrained(model).convert_tokens_to_ids(
+            [t for t in Family.modality_tokens if "audio" not in t]
+        )
     )
 
 
@@ -120,8 +130,7 @@ def whole_vocabulary(model, batch):
 
     def distributions(i, images):
         keep = batch["attention_mask"][i].bool()
-        ids, vision = batch["input_ids"][i][keep], dict(batch[images][i])
-        vision.pop("image_ids", None)
+        ids, vision = batch["input_ids"][i][keep], batch[images][i].tensors()
         if vision:
             vision["mm_token_type_ids"] = (ids == plain.config.image_token_id).int()[None]
         logits = plain(input_ids=ids[None], **vision).logits[0, :-1][-int(batch["response_mask"][i].sum()) :]
@@ -175,7 +184,7 @@ def without_old(batch, rollout=None):
 def test_with_one_update_its_own_log_probs_are_the_old_ones_exactly(model, batch):
     terms = {"policy": PolicyTermConfig(), "ref_kl": RefKLTermConfig(coef=0.3)}
     actor = build_actor(model)
-    old = compute_log_probs(actor.policy, batch, "", 1.0, 100, actor.device)
+    old = compute_log_probs(actor.policy, batch, "", 100, actor.device)
     expected, _ = gradient(model, batch.with_columns({"old_log_probs": old}), terms=terms)
     rollout = (old + 0.01) * batch["response_mask"]
     found, metrics = gradient(model, without_old(batch, rollout), terms=terms)
@@ -300,7 +309,7 @@ def test_several_mini_batches_are_several_updates(model, batch):
     actor = build_actor(model, lr=0.1)
     before = weights(actor)
     for half in batch.chunk(2):
-        actor.update_policy(half, 1, temperature=1.0)
+        update(actor, half, 1)
     after = weights(actor)
     assert_same(both, {n: before[n] - after[n] for n in before})
 
@@ -314,8 +323,8 @@ def test_a_frozen_vision_tower_stays(model, batch):
 def test_log_probs_do_not_depend_on_the_micro_batch(model, mixed):
     actor = build_actor(model)
     for view in ("", "masked"):
-        whole = compute_log_probs(actor.policy, mixed, view, 1.0, 100, actor.device)
-        cut = compute_log_probs(actor.policy, mixed, view, 1.0, 1, actor.device)
+        whole = compute_log_probs(actor.policy, mixed, view, 100, actor.device)
+        cut = compute_log_probs(actor.policy, mixed, view, 1, actor.device)
         torch.testing.assert_close(cut, whole, atol=1e-5, rtol=0)
         assert (whole[mixed["response_mask"] == 0] == 0).all()
 
@@ -325,14 +334,14 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_blamed_on_its_term(model, 
     actor = build_actor(model, max_skipped_updates=2)
     before = weights(actor)
     with caplog.at_level(logging.ERROR):
-        metrics = actor.update_policy(broken, 1, temperature=1.0).result()
+        metrics = update(actor, broken, 1).result()
     assert "SKIPPED" in caplog.text and "Loss terms at fault: ref_kl" in caplog.text
     assert metrics["actor/skipped_frac"] == 1 and metrics["actor/nonfinite/ref_kl"] == 1
     assert all(torch.equal(before[n], w) for n, w in weights(actor).items())
-    actor.update_policy(batch, 1, temperature=1.0)  # a healthy one in between starts the count anew
-    actor.update_policy(broken, 1, temperature=1.0)
+    update(actor, batch, 1)  # a healthy one in between starts the count anew
+    update(actor, broken, 1)
     with pytest.raises(RuntimeError, match="2 updates in a row.*max_skipped_updates"):
-        actor.update_policy(broken, 1, temperature=1.0)
+        update(actor, broken, 1)
 
 
 def _gradients_of_rank(rank, model, batches, options):
@@ -351,9 +360,9 @@ def test_two_ranks_give_the_gradient_of_one(model, batch, mixed):
 
 def test_bfloat16_compute_with_float32_weights_is_close_to_float32(model, batch):
     exact, rounded = build_actor(model), build_actor(model, compute_dtype="bfloat16")
-    reference = compute_log_probs(exact.policy, batch, "masked", 1.0, 8, exact.device)
-    found = compute_log_probs(rounded.policy, batch, "masked", 1.0, 8, rounded.device)
+    reference = compute_log_probs(exact.policy, batch, "masked", 8, exact.device)
+    found = compute_log_probs(rounded.policy, batch, "masked", 8, rounded.device)
     assert found.dtype == torch.float32 and 0 < (found - reference).abs().max() < 0.05
-    metrics = rounded.update_policy(batch, 1, temperature=1.0).result()
+    metrics = update(rounded, batch, 1).result()
     assert metrics["actor/skipped_frac"] == 0
     assert {w.dtype for w in weights(rounded).values()} == {torch.float32}

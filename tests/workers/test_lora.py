@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from tests.fakes.actors import build_actor, on_ranks, process_group, weights
+from tests.fakes.actors import build_actor, on_ranks, process_group, update, weights
 from tests.fakes.cluster import read_prompts, requests, start_cluster
 from tests.fakes.families import VISION
 from tests.fakes.rollouts import make_batch
@@ -41,7 +41,7 @@ def with_adapter(folder, saved, model_type: str) -> torch.nn.Module:
 
 
 def log_probs(actor, batch) -> torch.Tensor:
-    return compute_log_probs(actor.policy, batch, "", 1.0, 100, actor.device)
+    return compute_log_probs(actor.policy, batch, "", 100, actor.device)
 
 
 def reference(actor, batch) -> torch.Tensor:
@@ -52,7 +52,7 @@ def reference(actor, batch) -> torch.Tensor:
 def plain_log_probs(plain, model, batch, row: int) -> torch.Tensor:
     """Log-probs of one response by a Hugging Face model on this row alone."""
     ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
-    inputs = {name: value for name, value in batch["mm_inputs"][row].items() if name != "image_ids"}
+    inputs = batch["mm_inputs"][row].tensors()
     if inputs:
         inputs["mm_token_type_ids"] = (ids == plain.config.image_token_id).int()[None]
     logits = plain(input_ids=ids[None], **inputs).logits[0, :-1].clone()
@@ -73,12 +73,12 @@ def _train_on_rank(rank, folders, saved):
         actor = build_actor(folder / "model", terms=TERMS, live=False, lr=0.3, lora=LORA)
         start, start_reference = log_probs(actor, batch), reference(actor, batch)
         initial = weights(actor)
-        actor.update_policy(batch, 2, temperature=1.0)
+        update(actor, batch, 2)
         result = {"start": start, "start_reference": start_reference, "initial": initial, "moved": weights(actor)}
         result |= {"trained": log_probs(actor, batch), "reference": reference(actor, batch)}
         result["sent"] = {name: weight.whole() for name, weight in plain_weights(actor.policy.inner).items()}
         save_huggingface(actor.policy, ModelConfig(str(folder / "model")), str(saved / model_type))
-        actor.update_policy(batch, 1, temperature=1.0)
+        update(actor, batch, 1)
         after = weights(actor)
         result["gradient"] = {name: (result["moved"][name] - after[name]) / 0.3 for name in after}
         found[model_type] = result
@@ -176,10 +176,10 @@ def test_the_gradient_of_papos_objective_through_a_live_view_and_checkpoints(ass
     """All of it, with the embeddings and the vision tower, which come first, frozen."""
     model, batch = assets / "model", make_batch(assets)
     actor = build_actor(model, lora=LORA, enable_gradient_checkpointing=True, freeze_vision_tower=True)
-    actor.update_policy(batch, 1, temperature=1.0)
+    update(actor, batch, 1)
     save_huggingface(actor.policy, ModelConfig(str(model)), str(tmp_path / "saved"))
     before = weights(actor)
-    actor.update_policy(batch, 1, temperature=1.0)
+    update(actor, batch, 1)
     after = weights(actor)
     plain = with_adapter(model, tmp_path / "saved", "qwen2_5_vl")
     plain.config = plain.base_model.model.config
@@ -196,7 +196,7 @@ def test_a_pass_of_the_reference_leaves_adapters_trainable(assets, one_rank, res
     before = weights(actor)
     for _ in range(2):
         reference(actor, batch)
-        actor.update_policy(batch, 1, temperature=1.0)
+        update(actor, batch, 1)
     moved = {name for name, weight in weights(actor).items() if not torch.equal(weight, before[name])}
     assert moved == {name for name in before if is_adapter(name)}
 
@@ -209,7 +209,7 @@ def test_adapters_are_float32_over_a_base_in_the_compute_dtype(assets, one_rank,
     )
     # The frozen weights are those that float32 weights are cast to for every forward.
     assert torch.equal(log_probs(exact, batch), log_probs(rounded, batch))
-    assert rounded.update_policy(batch, 1, temperature=1.0).result()["actor/skipped_frac"] == 0
+    assert update(rounded, batch, 1).result()["actor/skipped_frac"] == 0
     for name, weight in weights(rounded).items():
         assert weight.dtype == (torch.float32 if is_adapter(name) else torch.bfloat16), name
     merged = next(w for n, w in plain_weights(rounded.policy.inner).items() if n.endswith("q_proj.weight"))
@@ -226,7 +226,7 @@ def _with_the_tower(rank, folders, lora):
         actor = build_actor(folder / "model", terms=TERMS, live=False, lora=lora)
         before = weights(actor)
         for _ in range(2):
-            actor.update_policy(make_batch(folder).chunk(2)[rank], 1, temperature=1.0)
+            update(actor, make_batch(folder).chunk(2)[rank], 1)
         found[model_type] = {n for n, w in weights(actor).items() if not torch.equal(w, before[n])}
     return found
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from tests.fakes.actors import build_actor, process_group, weights
+from tests.fakes.actors import build_actor, process_group, update, weights
 from tests.fakes.rollouts import make_batch
 from tests.fakes.rows import row, write_parquet
 from verl.config.compose import compose_config
@@ -17,7 +17,7 @@ from verl.config.worker import RolloutConfig, SamplingOverride
 from verl.data.collate import PromptCollator, join_responses
 from verl.data.dataset import PromptDataset
 from verl.data.vision import VisionProcessor, load_special_tokens
-from verl.models.families import SpecialTokens
+from verl.models.families.base import SpecialTokens
 from verl.workers.rollout.base import SamplingParams, train_sampling, validation_sampling
 from verl.workers.rollout.hf_engine import HFEngine
 from verl.workers.rollout.sampler import SeededSampler
@@ -90,10 +90,10 @@ def test_log_probs_agree_after_a_weight_sync_of_a_trained_policy(setup, assets):
     with process_group():
         actor = build_actor(assets / "model", lr=0.05)
         before = weights(actor)
-        actor.update_policy(make_batch(assets), 1, temperature=1.0)
+        update(actor, make_batch(assets), 1)
         assert load(engine, weights(actor), bucket_bytes=200_000) > 3
         batch = join_responses(prompts, engine.generate(prompts, requests()), 3)
-        trainer = compute_log_probs(actor.policy, batch, "", 1.0, 100, actor.device)
+        trainer = compute_log_probs(actor.policy, batch, "", 100, actor.device)
     assert (trainer - batch["rollout_log_probs"]).abs().max() < 1e-5
     load(engine, before)
 

@@ -1,4 +1,4 @@
-"""Which passes must run, and which terms can give a gradient: both follow from what terms and advantages require."""
+"""Requirements of a run: its passes, and the columns of its update, derived from what terms and advantages read."""
 
 from __future__ import annotations
 
@@ -8,35 +8,43 @@ from dataclasses import dataclass
 from verl.algorithms.advantage import ADVANTAGES
 from verl.algorithms.losses.compose import LossTerm, build_terms
 from verl.algorithms.shapers import build_shapers
-from verl.columns import EXACT, is_exact, split_exact, view_column
-from verl.config.algorithm import AlgorithmConfig, ViewConfig
+from verl.columns import EXACT, is_exact, made_by, split_exact, view_column
+from verl.config.algorithm import AlgorithmConfig, OldLogProbs, ViewConfig
 
-# Columns that are in every batch.
-IN_EVERY_BATCH = frozenset({"advantages", "response_mask", "rollout_log_probs", "scores", "accuracy"})
-# Those that advantages may be made of, besides: some come with every batch, the others if they are required.
-BEFORE_UPDATES = frozenset({"rewards", "group", "values", "baseline_scores"})
+# Columns that every batch has before the updates, and those that come with a pass if they are read.
+ALWAYS = frozenset({"response_mask", "rollout_log_probs", "group", "rewards", "scores", "accuracy"})
+PASSES = frozenset(made_by("passes")) - {"values"}
 
 
 @dataclass(frozen=True)
 class Requirements:
     """What the terms and the advantages of a run need.
 
-    `old`, `reference`: whether those passes run; `old_before_updates`: the update's own forward would be too late for
-    the former. `critic`: whether there are values. `baseline`: whether each prompt gets a greedy response.
-    `stored_views`: views whose log-probs one pass without gradient computes. `live_views`: views whose forward is part
-    of the update. `inert`: names of terms with a non-zero coefficient that no gradient can flow through. `exact`:
-    columns over the whole vocabulary. `accuracy`: the settings that read the reward's component of that name.
+    Attributes:
+        old: Whether anything reads the old log-probs.
+        old_pass: Whether a pass before the updates computes them. Where it does not, they are the engine's, or those of
+            the update's own forward, which are the same numbers in a step with one update.
+        reference: Whether anything reads the reference's log-probs.
+        critic: Whether there are values.
+        baseline: Whether each prompt gets a greedy response.
+        stored_views: Views whose log-probs one pass without gradient computes.
+        live_views: Views whose forward is part of the update.
+        stored: Columns that the update reads, made before it; images and tokens are not listed.
+        exact: Columns over the whole vocabulary, made by the update.
+        inert: Names of terms with a non-zero coefficient that no gradient can flow through.
+        accuracy: Settings that read the reward's component of that name.
     """
 
     old: bool
-    old_before_updates: bool
+    old_pass: bool
     reference: bool
     critic: bool
     baseline: bool
     stored_views: tuple[str, ...]
     live_views: tuple[str, ...]
-    inert: tuple[str, ...]
+    stored: tuple[str, ...]
     exact: tuple[str, ...]
+    inert: tuple[str, ...]
     accuracy: tuple[str, ...]
 
     @property
@@ -54,31 +62,67 @@ def required_before_updates(algorithm: AlgorithmConfig) -> dict[str, tuple[str, 
     return found
 
 
-def requirements_of(algorithm: AlgorithmConfig) -> Requirements:
+def requirements_of(algorithm: AlgorithmConfig, updates_per_step: int) -> Requirements:
     """What the terms and the advantages of this config need. Raises ValueError as `find_requirements` does."""
-    return find_requirements(build_terms(algorithm.terms), algorithm.views, required_before_updates(algorithm))
+    terms, before = build_terms(algorithm.terms), required_before_updates(algorithm)
+    return find_requirements(terms, algorithm.views, before, algorithm.old_log_probs, updates_per_step)
 
 
 def find_requirements(
-    terms: list[LossTerm], views: Mapping[str, ViewConfig], before: Mapping[str, Sequence[str]] | None = None
+    terms: Sequence[LossTerm],
+    views: Mapping[str, ViewConfig],
+    before: Mapping[str, Sequence[str]],
+    old_log_probs: OldLogProbs = OldLogProbs.auto,
+    updates_per_step: int = 1,
 ) -> Requirements:
     """Derive the passes from the terms and from what is read before the updates.
 
     Args:
-        before: the columns that each setting, by its key, makes the advantages of.
+        before: The columns that each setting, by its key, makes the advantages of.
 
     Raises:
-        ValueError: a term or a setting reads a column that nothing makes.
+        ValueError: A term or a setting reads a column that nothing makes.
     """
-    made = IN_EVERY_BATCH | {"old_log_probs", "ref_log_probs"}
-    made |= {view_column(view, what) for view in views for what in ("log_probs", "rows")}
-    early: set[str] = set()
-    for key, columns in (before or {}).items():
+    early, needed = _read_early(before, views), _read_by_terms(terms, views)
+    exact = tuple(sorted(filter(is_exact, needed)))
+    of_exact = {split_exact(column)[0] for column in exact}
+    used = [view for view in views if view_column(view, "log_probs") in needed or view in of_exact]
+    early_views = [view for view in views if view_column(view, "log_probs") in early]
+    live_views = tuple(view for view in used if views[view].grad)
+    live = {"log_probs", *exact, *(view_column(view, "log_probs") for view in live_views)}
+    old = "old_log_probs" in needed | early
+    too_late = "old_log_probs" in early or updates_per_step > 1  # for the update's own forward
+    stored = needed | {view_column(view, "rows") for view in live_views} | ({"old_log_probs"} if old else set())
+    stored |= {"response_mask", "rollout_log_probs"}  # the update compares engine and trainer where no pass has
+    return Requirements(
+        old=old,
+        old_pass=old and (old_log_probs == OldLogProbs.recompute or (old_log_probs == OldLogProbs.auto and too_late)),
+        reference="ref_log_probs" in needed | early,
+        critic="values" in early,
+        baseline="baseline_scores" in early,
+        stored_views=tuple(view for view in views if view in early_views or (view in used and not views[view].grad)),
+        live_views=live_views,
+        stored=tuple(sorted(stored - live)),
+        exact=exact,
+        inert=tuple(t.name for t in terms if t.config.coef != 0 and not live & set(t.requires)),
+        accuracy=(
+            *(key for key, columns in before.items() if "accuracy" in columns),
+            *(f"algorithm.terms.{term.name}" for term in terms if "accuracy" in term.requires),
+        ),
+    )
+
+
+def _read_early(before: Mapping[str, Sequence[str]], views: Mapping[str, ViewConfig]) -> set[str]:
+    made = ALWAYS | PASSES | {"values", "baseline_scores", "advantages"} | _of_views(views, "log_probs", "rows")
+    for key, columns in before.items():
         for column in columns:
-            _check_made(key, column, made | BEFORE_UPDATES, views)
-            early.add(column)
-    made |= {"log_probs", "full_entropy"} | {view_column(view, what) for view in views for what in EXACT}
-    needed: set[str] = set()
+            _check_made(key, column, made, views)
+    return {column for columns in before.values() for column in columns}
+
+
+def _read_by_terms(terms: Sequence[LossTerm], views: Mapping[str, ViewConfig]) -> set[str]:
+    made = (ALWAYS - {"group", "rewards"}) | PASSES | {"advantages", *made_by("update")}
+    made |= _of_views(views, "log_probs", "rows", *EXACT)
     for term in terms:
         for column in term.requires:
             _check_made(f"algorithm.terms.{term.name}", column, made, views)
@@ -87,29 +131,11 @@ def find_requirements(
                     f"algorithm.terms.{term.name} looks at the whole vocabulary under the view '{view}', which only "
                     f"the forward of the update can: set algorithm.views.{view}.grad=true"
                 )
-            needed.add(column)
-    exact = tuple(sorted(filter(is_exact, needed)))
-    of_exact = {split_exact(column)[0] for column in exact}
-    used = [view for view in views if view_column(view, "log_probs") in needed or view in of_exact]
-    stored = [view for view in views if view_column(view, "log_probs") in early]
-    live_views = tuple(view for view in used if views[view].grad)
-    live_columns = {"log_probs", *exact} | {view_column(view, "log_probs") for view in live_views}
-    inert = tuple(t.name for t in terms if t.config.coef != 0 and not live_columns & set(t.requires))
-    return Requirements(
-        old="old_log_probs" in needed | early,
-        old_before_updates="old_log_probs" in early,
-        reference="ref_log_probs" in needed | early,
-        critic="values" in early,
-        baseline="baseline_scores" in early,
-        stored_views=tuple(view for view in views if view in stored or (view in used and not views[view].grad)),
-        live_views=live_views,
-        inert=inert,
-        exact=exact,
-        accuracy=(
-            *(key for key, columns in (before or {}).items() if "accuracy" in columns),
-            *(f"algorithm.terms.{term.name}" for term in terms if "accuracy" in term.requires),
-        ),
-    )
+    return {column for term in terms for column in term.requires}
+
+
+def _of_views(views: Mapping[str, ViewConfig], *what: str) -> set[str]:
+    return {view_column(view, name) for view in views for name in what}
 
 
 def _check_made(key: str, column: str, made: Collection[str], views: Mapping[str, ViewConfig]) -> None:

@@ -8,6 +8,8 @@ from enum import StrEnum
 
 from omegaconf import MISSING
 
+from verl.config.option import option
+
 
 class LossAverage(StrEnum):
     """How per-token values become one number: over all valid tokens, over sequences of token means, or over
@@ -36,16 +38,12 @@ class Shape(StrEnum):
 
 @dataclass
 class ScheduleConfig:
-    """A factor on a coefficient, a function of the step alone, so that a resumed run continues it.
+    """A factor on a coefficient, a function of the step alone, so that a resumed run continues it."""
 
-    It rises linearly from 0 over `warmup_steps`, then goes from 1 to `end` until step `steps` (default: the last of
-    the run), where it stays.
-    """
-
-    shape: Shape = Shape.constant
-    end: float = 0.0
-    steps: int | None = None
-    warmup_steps: int = 0
+    shape: Shape = option(Shape.constant, "course from 1 to `end`: constant (no change), linear, cosine")
+    end: float = option(0.0, "last factor", least=0)
+    steps: int | None = option(None, "step at which `end` is reached; null: the last step of the run", least=1)
+    warmup_steps: int = option(0, "steps over which the factor rises linearly from 0 to 1 at first", least=0)
 
     def factor(self, step: int, total_steps: int) -> float:
         """The factor in step `step`, counted from 1, of a run of `total_steps`."""
@@ -60,11 +58,6 @@ class ScheduleConfig:
         return 1.0 + (self.end - 1.0) * progress
 
     def check(self, key: str) -> None:
-        """Raise ValueError, naming `key`, where a value has no meaning."""
-        if not math.isfinite(self.end) or self.end < 0:
-            raise ValueError(f"{key}.end={self.end}: a factor of 0 or more is needed")
-        if self.warmup_steps < 0:
-            raise ValueError(f"{key}.warmup_steps={self.warmup_steps}: 0 or more is needed")
         if self.steps is not None and self.steps <= self.warmup_steps:
             raise ValueError(f"{key}.steps={self.steps}: more than {key}.warmup_steps={self.warmup_steps} are needed")
 
@@ -73,21 +66,14 @@ class ScheduleConfig:
 class LossTermConfig:
     """Base of every loss term's options. A term that is listed is computed; with coefficient 0 it is a metric.
 
-    A term with a new set of options subclasses this, sets `kind` to its registered name, and may extend `check`.
+    A term with a new set of options subclasses this, sets `kind` to its registered name, and may add a `check(key)`
+    that raises ValueError naming the key. Whether a term is minimised or maximised belongs to the term, not to the sign
+    of its coefficient.
     """
 
     kind: str = MISSING
-    coef: float = 0.0
+    coef: float = option(0.0, "coefficient in the loss, never negative; 0: a metric only", least=0)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-
-    def check(self, key: str) -> None:
-        """Raise ValueError, naming `key`, where a value has no meaning."""
-        if not math.isfinite(self.coef) or self.coef < 0:
-            raise ValueError(
-                f"{key}.coef={self.coef}: a finite value of 0 or more is needed; whether a term is minimised or "
-                "maximised belongs to the term, not to its sign here"
-            )
-        self.schedule.check(f"{key}.schedule")
 
 
 class ViewStage(StrEnum):
@@ -106,27 +92,26 @@ class ViewPer(StrEnum):
 
 @dataclass
 class ViewConfig:
-    """Base of every view's options. `grad: true` makes the view's forward part of the update, so that gradient
-    flows through it; otherwise one pass without gradient runs before the updates of a step.
-
-    `stage: resized` aligns patches with those of the vision tower, where the sizes agree; `raw` is what the paper's
-    released code does. `per: response` costs as many image tensors as there are responses. `column` names the
-    dataset column whose pictures the view changes, as many as the prompt has; null: the prompt's own.
-    """
+    """Base of every view's options."""
 
     kind: str = MISSING
-    grad: bool = False
-    stage: ViewStage = ViewStage.raw
-    per: ViewPer = ViewPer.prompt
-    column: str | None = None
-
-    def check(self, key: str) -> None:
-        """Raise ValueError, naming `key`, where a value has no meaning."""
+    grad: bool = option(
+        False,
+        "true: live, the view's forward is part of the update and gradient flows through it; false: stored, one pass "
+        "without gradient before the updates",
+    )
+    stage: ViewStage = option(
+        ViewStage.raw, "raw: change the picture before it is resized, as PAPO's code does; resized: after, so that "
+        "squares of the tower's patch size are its patches"
+    )  # fmt: skip
+    per: ViewPer = option(
+        ViewPer.prompt, "prompt: one mask for all responses; response: one each, and as many image tensors"
+    )
+    column: str | None = option(None, "dataset column with the pictures to change; null: the prompt's own")
 
 
 class WatchdogAction(StrEnum):
-    """What follows from a sign of collapse: a line in the log and in events.jsonl (`warn`); also smaller coefficients
-    of the maximised terms (`reduce`); or the end of the run, with the model saved (`stop`)."""
+    """What follows from a sign of collapse."""
 
     off = "off"
     warn = "warn"
@@ -136,27 +121,19 @@ class WatchdogAction(StrEnum):
 
 @dataclass
 class WatchdogConfig:
-    """See `verl.trainer.watchdog.Watchdog`. It looks away for the first `warmup_steps`; a longer `window` follows
-    slower, and so sees a slower runaway."""
+    """See `verl.trainer.watchdog.Watchdog`."""
 
-    action: WatchdogAction = WatchdogAction.warn
-    window: int = 20
-    warmup_steps: int = 0
-    tolerance: float = 4.0
-    relative: float = 0.5
-    patience: int = 3
-    reduce_factor: float = 0.5
-
-    def check(self, key: str) -> None:
-        """Raise ValueError, naming `key`, where a value has no meaning."""
-        for name in ("window", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{key}.{name}={getattr(self, name)}: 1 or more is needed")
-        for name in ("warmup_steps", "tolerance", "relative"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{key}.{name}={getattr(self, name)}: 0 or more is needed")
-        if not 0 <= self.reduce_factor < 1:
-            raise ValueError(f"{key}.reduce_factor={self.reduce_factor}: from 0 up to, not including, 1")
+    action: WatchdogAction = option(
+        WatchdogAction.warn,
+        "on a sign of collapse: off, warn (log and events.jsonl), reduce (also smaller coefficients of maximised "
+        "terms), stop (end the run and save the model)",
+    )
+    window: int = option(20, "healthy values that make a band; a longer one sees slower runaways", least=1)
+    warmup_steps: int = option(0, "first steps that are not watched", least=0)
+    tolerance: float = option(4.0, "half-width of the band in standard deviations", least=0)
+    relative: float = option(0.5, "least half-width as a share of the median", least=0)
+    patience: int = option(3, "steps in a row outside the band that make an event", least=1)
+    reduce_factor: float = option(0.5, "factor of action=reduce, per event", least=0, below=1)
 
 
 class OldLogProbs(StrEnum):
@@ -192,25 +169,17 @@ class KLController(StrEnum):
 
 @dataclass
 class RewardKLConfig:
-    """A KL to the reference inside the reward instead of the loss; 0 is off. See verl.algorithms.rewards.RewardKL.
+    """A KL to the reference inside the reward instead of the loss. See verl.algorithms.rewards.RewardKL."""
 
-    `target` in nats per token, `horizon` in responses, both of the adaptive controller.
-    """
-
-    coef: float = 0.0
-    estimator: Estimator = Estimator.k1
-    controller: KLController = KLController.fixed
-    target: float = 0.1
-    horizon: int = 10000
+    coef: float = option(0.0, "coefficient of a KL to the reference inside the reward; 0: none", least=0)
+    estimator: Estimator = option(Estimator.k1, "estimate from the sampled token: k1, k2 or k3")
+    controller: KLController = option(KLController.fixed, "fixed, or adaptive: the coefficient follows the KL")
+    target: float = option(0.1, "KL that the adaptive controller steers to, nats per token", above=0)
+    horizon: int = option(10000, "responses over which the adaptive coefficient changes by 20 %", above=0)
 
     def check(self, key: str) -> None:
-        """Raise ValueError, naming `key`, where a value has no meaning."""
-        if not math.isfinite(self.coef) or self.coef < 0:
-            raise ValueError(f"{key}.coef={self.coef}: a finite value of 0 or more is needed")
         if self.estimator == Estimator.full:
             raise ValueError(f"{key}.estimator=full: a reward is that of the sampled token, k1, k2 or k3")
-        if self.target <= 0 or self.horizon < 1:
-            raise ValueError(f"{key}: target={self.target} and horizon={self.horizon} must be above 0")
 
 
 @dataclass
@@ -219,33 +188,41 @@ class ShaperConfig:
 
     kind: str = MISSING
 
-    def check(self, key: str) -> None:
-        """Raise ValueError, naming `key`, where a value has no meaning."""
-
 
 @dataclass
 class AlgorithmConfig:
-    """`terms`, `views` and `shapers` are filled by name from the Hydra groups `term`, `view` and `shaper`.
+    """`terms`, `views` and `shapers` are filled by name from the Hydra groups `term`, `view` and `shaper`."""
 
-    `gamma` and `lam` are the discount of rewards and the weight of longer sums in `gae`.
-
-    `online_filtering` keeps only groups whose mean of the reward's component `filter_key` lies strictly between
-    `filter_low` and `filter_high` (DAPO). `overlong_buffer`: a response loses up to `overlong_penalty` of its reward
-    over the last so many tokens of data.max_response_length; 0 is off.
-    """
-
-    adv_estimator: str = "grpo"
-    gamma: float = 1.0
-    lam: float = 1.0
+    adv_estimator: str = option(
+        "grpo",
+        "advantage: grpo, dr_grpo, rloo, reinforce_plus_plus, reinforce_plus_plus_baseline, remax (a greedy baseline) "
+        "or gae (PPO, with a critic)",
+    )
+    gamma: float = option(1.0, "discount of rewards", least=0, most=1)
+    lam: float = option(1.0, "weight of longer sums in gae", least=0, most=1)
     reward_kl: RewardKLConfig = field(default_factory=RewardKLConfig)
-    old_log_probs: OldLogProbs = OldLogProbs.auto
-    online_filtering: bool = False
-    filter_key: str = "accuracy"
-    filter_low: float = 0.01
-    filter_high: float = 0.99
-    overlong_buffer: int = 0
-    overlong_penalty: float = 1.0
+    old_log_probs: OldLogProbs = option(
+        OldLogProbs.auto, "source of the old log-probs: auto (no pass where a step has one update), recompute, rollout"
+    )
+    online_filtering: bool = option(False, "DAPO's dynamic sampling: keep only groups that are mixed")
+    filter_key: str = option("accuracy", "component of the reward whose group mean decides")
+    filter_low: float = option(0.01, "groups whose mean is not above this are dropped")
+    filter_high: float = option(0.99, "groups whose mean is not below this are dropped")
+    overlong_buffer: int = option(0, "last tokens of max_response_length over which a penalty rises; 0: none", least=0)
+    overlong_penalty: float = option(1.0, "largest penalty of a response that is too long", least=0)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     terms: dict[str, LossTermConfig] = field(default_factory=dict)
     views: dict[str, ViewConfig] = field(default_factory=dict)
     shapers: dict[str, ShaperConfig] = field(default_factory=dict)
+
+    def check(self, key: str) -> None:
+        if not self.filter_low < self.filter_high:
+            raise ValueError(f"{key}.filter_low={self.filter_low} is not below {key}.filter_high={self.filter_high}")
+        for name, term in self.terms.items():
+            if self.old_log_probs == OldLogProbs.rollout and getattr(term, "tis", Truncation.off) != Truncation.off:
+                raise ValueError(
+                    f"{key}.terms.{name}.tis corrects old log-probs of the trainer, and {key}.old_log_probs=rollout "
+                    "takes the engine's: use one of the two"
+                )
+        if not any(term.coef for term in self.terms.values()):
+            raise ValueError(f"{key}.terms has no term with a coefficient above 0: there is nothing to train on")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -11,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl.config.config import Config
-from verl.config.store import store_schema
+from verl.config.keys import nearest, nearest_keys
+from verl.config.store import GROUPS, store_schema
 from verl.plugins import load_plugins
 
 CONFIG_DIR = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..", "configs"))
@@ -34,22 +37,47 @@ def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str = C
     """
     load_plugins()
     store_schema()
-    if name not in presets(config_dir):
-        known = (
-            ", ".join(presets(config_dir)) or "none; verl is installed in place (scripts/install.sh), or --config-dir"
-        )
-        raise ValueError(f"there is no preset '{name}' in {config_dir}; there are: {known}")
-    try:
-        with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
+    names = presets(config_dir)
+    if name not in names:
+        if not names:
+            raise ValueError(f"there is no preset in {config_dir}: name another --config-dir")
+        raise ValueError(f"there is no preset '{name}' in {config_dir}: {nearest(name, names)}")
+    with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
+        try:
             raw = compose(name, overrides=list(overrides))
-        if raw.trainer.experiment_name is None:
-            raw.trainer.experiment_name = name
-        return to_config(raw)
-    except (HydraException, OmegaConfBaseException) as error:
-        reason = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
-        raise ValueError(
-            f"the preset '{name}' with the overrides {list(overrides)} does not compose: {reason}"
-        ) from error
+            if raw.trainer.experiment_name is None:
+                raw.trainer.experiment_name = name
+            return to_config(raw)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(f"preset {name}: {_in_one_line(error, name, overrides)}") from error
+
+
+def _in_one_line(error: Exception, name: str, overrides: Sequence[str]) -> str:
+    """What does not compose, and the nearest that would. Call it inside of the config folder's context."""
+    text = str(error)
+    if group := re.search(r"Could not (?:find|override) '([\w/]*?)/?(\w+)'", text):
+        place, option = group.groups()
+        if place in GROUPS:
+            return f"there is no {place} '{option}': {nearest(option, sorted(GROUPS[place]))}"
+    reason = (getattr(error.__cause__ or error, "msg", None) or str(error.__cause__ or error)).splitlines()[0]
+    entries = [override for override in overrides if "@" in override.partition("=")[0]]  # of groups: they add keys
+    known = _leaves(OmegaConf.to_container(compose(name, overrides=entries), resolve=False))
+    for override in overrides:
+        key, given, _ = override.lstrip("+~").partition("=")
+        if given and "@" not in key and key not in known and not any(k.startswith(f"{key}.") for k in known):
+            return f"there is no key {key}: {nearest_keys(key, known)}"
+    at_fault = [
+        override for override in overrides if str(getattr(error.__cause__ or error, "full_key", "")) in override
+    ]
+    return f"{(at_fault or ['a file'])[-1]}: {reason}"
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name, value in node.items():
+        key = f"{prefix}{name}"
+        found += _leaves(value, f"{key}.") if isinstance(value, Mapping) and value else [key]
+    return found
 
 
 def to_config(raw: DictConfig) -> Config:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from enum import StrEnum
 
 from omegaconf import II
 
+from verl.config.option import option
+
 
 class PromptTruncation(StrEnum):
-    """What becomes of a prompt longer than `max_prompt_length`: the run stops, the row is left out, or text is cut off
-    its left end; images are never cut."""
+    """What becomes of a prompt longer than `max_prompt_length`."""
 
     error = "error"
     drop = "drop"
@@ -19,37 +21,38 @@ class PromptTruncation(StrEnum):
 
 @dataclass
 class DataConfig:
-    """Files are parquet, JSON, JSONL or Arrow, folders of them, or names on the hub, `path@split`, comma-separated.
-    `path*0.5` takes half of its rows in an epoch, other ones in each, `path*2` all of them twice.
+    """The training and validation data."""
 
-    `rollout_batch_size` counts prompts per step, `mini_rollout_batch_size` prompts per generation where
-    `algorithm.online_filtering` needs several (default: as many). Lengths are in tokens, `min_pixels` and
-    `max_pixels` bound the area of an image after resizing. A relative image path is looked up in `image_dir`.
-
-    `filter_overlong_prompts` counts every prompt's tokens before the run, in `filter_overlong_prompts_workers`
-    processes (default: one per core). `truncation` is by default `drop` with that filter, and `error` without it.
-    """
-
-    train_files: str | None = None
-    val_files: str | None = None
-    prompt_key: str = "problem"
-    answer_key: str = "answer"
-    image_key: str = "images"
-    image_dir: str | None = None
-    format_prompt: str | None = None
-    max_prompt_length: int = 4096
-    max_response_length: int = 2048
-    filter_overlong_prompts: bool = True
-    filter_overlong_prompts_workers: int | None = None
-    truncation: PromptTruncation | None = None
-    rollout_batch_size: int = 384
-    mini_rollout_batch_size: int | None = None
-    val_batch_size: int = 256
-    min_pixels: int = 200704
-    max_pixels: int = 1003520
-    shuffle: bool = True
-    num_workers: int = 2
-    seed: int = II("trainer.seed")
+    train_files: str | None = option(
+        None,
+        "parquet, JSON, JSONL or Arrow files, folders of them, or hub names, `path@split`, comma-separated; `path*0.5` "
+        "takes half of its rows in an epoch, other ones in each, `path*2` all of them twice",
+    )
+    val_files: str | None = option(None, "as train_files, without weights")
+    prompt_key: str = option("problem", "column of the problem")
+    answer_key: str = option("answer", "column of the ground truth")
+    image_key: str = option("images", "column of the images")
+    image_dir: str | None = option(None, "folder in which relative image paths are looked up")
+    format_prompt: str | None = option(None, "Jinja template around the problem (`{{ content }}`)")
+    max_prompt_length: int = option(4096, "longest prompt, tokens, images included", above=0)
+    max_response_length: int = option(2048, "longest response, tokens", above=0)
+    filter_overlong_prompts: bool = option(True, "count every prompt's tokens before the run")
+    filter_overlong_prompts_workers: int | None = option(None, "processes for that; null: one per core", least=1)
+    truncation: PromptTruncation | None = option(
+        None,
+        "fate of longer prompts: drop (the default with filter_overlong_prompts), error (without), left (cut text off "
+        "its left end, never an image)",
+    )
+    rollout_batch_size: int = option(384, "prompts per step", above=0)
+    mini_rollout_batch_size: int | None = option(
+        None, "prompts per generation where algorithm.online_filtering needs several; null: rollout_batch_size", least=1
+    )
+    val_batch_size: int = option(256, "prompts per batch of a validation", above=0)
+    min_pixels: int = option(200704, "least area of an image after resizing, pixels", above=0)
+    max_pixels: int = option(1003520, "largest area of an image after resizing, pixels", above=0)
+    shuffle: bool = option(True, "shuffle each epoch")
+    num_workers: int = option(2, "processes that decode images; 0: the driver itself", least=0)
+    seed: int = option(II("trainer.seed"), "seed of the order of rows")
 
     @property
     def overlong(self) -> PromptTruncation:
@@ -58,12 +61,13 @@ class DataConfig:
             return self.truncation
         return PromptTruncation.drop if self.filter_overlong_prompts else PromptTruncation.error
 
-    def check(self) -> None:
-        """Raise ValueError for values that do not go together."""
+    def check(self, key: str) -> None:
         if self.min_pixels > self.max_pixels:
-            raise ValueError(f"data.min_pixels={self.min_pixels} is above data.max_pixels={self.max_pixels}")
+            raise ValueError(f"{key}.min_pixels={self.min_pixels} is above {key}.max_pixels={self.max_pixels}")
         if self.overlong == PromptTruncation.drop and not self.filter_overlong_prompts:
-            raise ValueError("data.truncation=drop needs data.filter_overlong_prompts=true, which finds those to drop")
-        workers = self.filter_overlong_prompts_workers
-        if workers is not None and workers < 1:
-            raise ValueError(f"data.filter_overlong_prompts_workers={workers}: 1 or more, or null for one per core")
+            raise ValueError(f"{key}.truncation=drop needs {key}.filter_overlong_prompts=true, which finds those rows")
+        if self.format_prompt and not os.path.isfile(self.format_prompt):
+            path = os.path.abspath(self.format_prompt)
+            raise FileNotFoundError(f"{key}.format_prompt='{path}': there is no such file")
+        if self.image_dir and not os.path.isdir(self.image_dir):
+            raise FileNotFoundError(f"{key}.image_dir='{os.path.abspath(self.image_dir)}': there is no such folder")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from hydra.core.config_store import ConfigStore
 
 SCHEMA = "schema"
+GROUPS: dict[str, dict[str, type]] = {}  # group -> name -> dataclass of its options
 
 
 def store_option(group: str, name: str, config_class: type) -> None:
     """Offer `config_class` as `group@some.key=name`, in presets and on the command line."""
+    GROUPS.setdefault(group, {})[name] = config_class
     ConfigStore.instance().store(group=group, name=name, node=config_class, provider="verl")
 
 

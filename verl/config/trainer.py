@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
+
+from verl.config.option import option
 
 
 class Device(StrEnum):
-    """Where models run; `auto` takes GPUs where there are some."""
+    """Where models run."""
 
     auto = "auto"
     cpu = "cpu"
@@ -23,55 +25,60 @@ class OnSignal(StrEnum):
 
 @dataclass
 class TrainerConfig:
-    """The run ends after `max_steps`, or after `total_epochs` where `max_steps` is not set.
+    """Length, machines, validation and output of a run."""
 
-    A run on several nodes, or on GPUs, waits `cluster_timeout_s` for them to join Ray.
-    `n_gpus_per_node` is the number of training ranks per node: one per GPU, or one process per rank on CPU.
-    `max_try_make_batch` bounds the generations of a step with `algorithm.online_filtering`.
-    `val_only` validates the model and ends, without training workers; it needs no training data, and writes to
-    `output_dir` with "-validation" behind its name, so that no run is touched.
-    For the first `critic_warmup` steps only the critic trains, where there is one.
-    `val_freq` counts steps, 0 validates only before and after. `samples_per_step` generations of each step go
-    to samples.jsonl. `logger` lists trackers: console, jsonl, tensorboard, wandb, mlflow, swanlab, or a plugin's;
-    those that can show pictures get `val_generations_to_log` responses of each validation, one per prompt, with the
-    prompt's images as they are and under each view.
+    project_name: str = option("papo", "name of the project, for trackers and folders")
+    experiment_name: str | None = option(None, "name of the run; null: the preset's name")
+    output_dir: str = option(
+        "outputs/${trainer.project_name}/${trainer.experiment_name}",
+        "folder of the run, which belongs to one process at a time and to one experiment",
+    )
+    total_epochs: int = option(2, "passes over the training data, where max_steps is null", above=0)
+    max_steps: int | None = option(None, "steps of the run; null: total_epochs decides", least=1)
+    seed: int = option(1, "seed of everything that has none of its own")
+    device: Device = option(Device.auto, "cpu, cuda, or auto: GPUs where there are some")
+    nnodes: int = option(1, "nodes", above=0)
+    cluster_timeout_s: float = option(120.0, "seconds to wait for nodes and GPUs to join Ray", above=0)
+    n_gpus_per_node: int = option(8, "training ranks per node: one per GPU, or one process each on CPU", above=0)
+    max_try_make_batch: int = option(20, "most generations of a step with algorithm.online_filtering", above=0)
+    val_only: bool = option(False, "validate the model and end; writes to output_dir with -validation behind its name")
+    val_before_train: bool = option(True, "validate before the first step")
+    val_freq: int = option(5, "steps between validations; 0: only before and after", least=0)
+    val_after_train: bool = option(True, "validate after the last step")
+    critic_warmup: int = option(0, "first steps in which only the critic trains", least=0)
+    samples_per_step: int = option(4, "responses of each step that go to samples.jsonl; 0: none", least=0)
+    val_generations_to_log: int = option(
+        4, "validation responses with thumbnails for trackers that show pictures; 0: none", least=0
+    )
+    save_model: bool = option(True, "write the trained model as a Hugging Face folder at the end")
+    save_freq: int = option(10, "steps between checkpoints, and one after the last; 0: never", least=0)
+    save_limit: int = option(2, "newest checkpoints that are kept; 0: all", least=0)
+    save_best: str | None = option(None, "metric of validation, such as val/accuracy, whose best step is kept too")
+    save_model_only: bool = option(False, "leave the optimizer out: to be exported, not resumed")
+    async_save: bool = option(False, "go on training from a copy on the CPU while a checkpoint is written")
+    resume: str = option(
+        "auto",
+        "auto: go on from the newest whole checkpoint in output_dir, and refuse to if model, terms or views differ; "
+        "never; or the path of a checkpoint",
+    )
+    on_signal: OnSignal = option(
+        OnSignal.finish_step,
+        "SIGTERM and SIGINT save a checkpoint and end with exit code 0: finish_step, or stop_now (a step whose updates "
+        "have not begun is done again later)",
+    )
+    logger: list[str] = option(
+        lambda: ["console", "jsonl"], "trackers: console, jsonl, tensorboard, wandb, mlflow, swanlab, or a plugin's"
+    )
 
-    A checkpoint is saved every `save_freq` steps and after the last (0: never); the newest `save_limit` are kept (0:
-    all). `save_best` names a metric of validation, such as val/accuracy: a step with the highest so far is saved too,
-    and kept. `save_model_only` leaves the optimizer out: such a checkpoint can be exported and not resumed.
-    With `async_save` training goes on from a copy on the CPU while a checkpoint is written.
-    `experiment_name` is by default the preset's name. A folder belongs to one process at a time and to one experiment:
-    `resume` is `auto` (go on from the newest whole checkpoint in `output_dir`, where there is one, and refuse to if the
-    model, the terms or the views are others), `never`, or the path of a checkpoint.
-
-    SIGTERM and SIGINT save a checkpoint and end the run, exit code 0: after the step (`on_signal` finish_step) or at
-    once (stop_now: a step whose updates have not begun is left, and done again later).
-    """
-
-    project_name: str = "papo"
-    experiment_name: str | None = None
-    output_dir: str = "outputs/${trainer.project_name}/${trainer.experiment_name}"
-    total_epochs: int = 2
-    max_steps: int | None = None
-    seed: int = 1
-    device: Device = Device.auto
-    nnodes: int = 1
-    cluster_timeout_s: float = 120.0
-    n_gpus_per_node: int = 8
-    max_try_make_batch: int = 20
-    val_only: bool = False
-    val_before_train: bool = True
-    val_freq: int = 5
-    val_after_train: bool = True
-    critic_warmup: int = 0
-    samples_per_step: int = 4
-    val_generations_to_log: int = 4
-    save_model: bool = True
-    save_freq: int = 10
-    save_limit: int = 2
-    save_best: str | None = None
-    save_model_only: bool = False
-    async_save: bool = False
-    resume: str = "auto"
-    on_signal: OnSignal = OnSignal.finish_step
-    logger: list[str] = field(default_factory=lambda: ["console", "jsonl"])
+    def check(self, key: str) -> None:
+        if self.save_best is not None and not self.save_best.startswith("val/"):
+            raise ValueError(
+                f"{key}.save_best='{self.save_best}': a metric of validation is needed, such as val/accuracy"
+            )
+        if self.save_best is not None and not (self.val_freq or self.val_after_train):
+            raise ValueError(f"{key}.save_best={self.save_best} needs validation: set {key}.val_freq, or leave it out")
+        if self.val_only and self.resume not in ("auto", "never"):
+            raise ValueError(
+                f"{key}.resume={self.resume} with {key}.val_only=true: to validate a checkpoint, export it and give "
+                "the folder as worker.actor.model.model_path"
+            )

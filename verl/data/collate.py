@@ -7,10 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from verl.models.families import positions_of_response
+from verl.columns import COLUMNS, made_by
+from verl.models.families.base import positions_of_response
 from verl.protocol import DataProto
 
-OBJECTS = ("uid", "problem", "answer", "images", "view_images", "mm_inputs")
+OBJECTS = tuple(name for name in made_by("data") if COLUMNS[name].dtype is None)
 
 
 class PromptCollator:
@@ -41,9 +42,10 @@ def pad_rows(rows: DataProto, prompt_width: int, response_width: int, pad_token_
     padded = {}
     for name, tensor in rows.tensors.items():
         value = pad_token_id if name in ("prompt_ids", "responses") else 0
-        if name in ("prompt_ids", "prompt_mask", "prompt_positions"):
+        side = COLUMNS[name].pad if name in COLUMNS else ""
+        if side == "left":
             padded[name] = F.pad(tensor, (prompt_width - tensor.shape[-1], 0), value=value)
-        elif name in ("responses", "response_mask", "rollout_log_probs"):
+        elif side == "right":
             padded[name] = F.pad(tensor, (0, response_width - tensor.shape[-1]), value=value)
     return rows.with_columns(padded)
 

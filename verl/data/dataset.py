@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from torch.utils.data import Dataset
 
 from verl.config.data import DataConfig, PromptTruncation
+from verl.config.option import check_options
 from verl.data.checks import refuse, row_faults, sampled_image_faults
 from verl.data.overlong import cut_left, filter_overlong, too_long
 from verl.data.rows import PromptRows
@@ -40,7 +41,7 @@ class PromptDataset(Dataset):
     def __init__(
         self, reference: str, key: str, config: DataConfig, vision: VisionProcessor, view_columns: Sequence[str] = ()
     ) -> None:
-        config.check()
+        check_options(config, "data")
         self.config = config
         self.vision = vision
         self.rows = PromptRows(reference, key, config, view_columns)

@@ -18,6 +18,7 @@ from verl.utils.rng import derive_seed
 
 if TYPE_CHECKING:  # a plugin that registers a view should not pay for importing transformers
     from verl.data.vision import VisionProcessor
+    from verl.models.families.base import Images
 
 # (RGB image, random generator, options) -> RGB image of the same size
 ViewFunction = Callable[[Image.Image, np.random.Generator, Any], Image.Image]
@@ -58,21 +59,22 @@ def add_view(
     Args:
         rows: prompts, each `num_responses` times side by side; copies share their tensors with `per: prompt`.
     """
-    columns: list[dict[str, torch.Tensor]] = []
+    columns: list[Images] = []
     for row, (uid, images, original) in enumerate(zip(rows["uid"], rows["images"], rows["mm_inputs"], strict=True)):
         response = row % num_responses
         if not images:
-            columns.append({})
+            columns.append(original)
         elif response and config.per == ViewPer.prompt:
             columns.append(columns[-1])
         else:
             sources = rows["view_images"][row][config.column] if config.column else images
             _check_sizes(view, config, uid, sources, images)
             seeds = image_seeds(view, config, len(images), seed, uid, epoch, response)
-            inputs = encode_view(view, config, sources, seeds, vision)
-            assert torch.equal(inputs["image_grid_thw"], original["image_grid_thw"])
-            columns.append(inputs)
-    covered = torch.tensor([bool(inputs) for inputs in columns])
+            changed = change_images(view, config, sources, seeds, vision)
+            # Named after what they are made of, which is cheaper than reading them once more.
+            names = [f"{digest}/{view}/{each}" for digest, each in zip(original.digests, seeds, strict=True)]
+            columns.append(vision.encode_images(changed, do_resize=config.stage == ViewStage.raw, digests=names))
+    covered = torch.tensor([len(inputs) > 0 for inputs in columns])
     return rows.with_columns({view_column(view, "rows"): covered}, {view_column(view, "mm_inputs"): columns})
 
 
@@ -80,14 +82,6 @@ def image_seeds(view: str, config: ViewConfig, count: int, seed: int, uid: str, 
     """The seed of each of a prompt's `count` images."""
     copy = (response,) if config.per == ViewPer.response else ()
     return [derive_seed(seed, view, uid, epoch, place, *copy) for place in range(count)]
-
-
-def encode_view(
-    view: str, config: ViewConfig, images: list[Image.Image], seeds: list[int], vision: VisionProcessor
-) -> dict[str, torch.Tensor]:
-    """The `mm_inputs` of `images`, each transformed with its seed. Raises ValueError where a size changes."""
-    changed = change_images(view, config, images, seeds, vision)
-    return vision.encode_images(changed, do_resize=config.stage == ViewStage.raw)
 
 
 def change_images(

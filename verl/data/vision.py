@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig
-from transformers.image_utils import SizeDict
 
-from verl.models.families import SpecialTokens, family_of, positions_of_prompt, special_tokens
-from verl.models.paths import check_model_path
+from verl.models.families import family_of
+from verl.models.families.base import Images, SpecialTokens
+from verl.utils.files import check_model_path
 
 
 class VisionProcessor:
@@ -29,7 +27,7 @@ class VisionProcessor:
         self.tokenizer = tokenizer_of(self.processor)
         if self.family.has_vision:
             self.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
-        self.special = special_tokens(self.config, self.tokenizer, load_generation_config(model_path))
+        self.special = self.family.special_tokens(self.config, self.tokenizer, load_generation_config(model_path))
 
     @property
     def image_processor(self) -> Any:
@@ -65,48 +63,36 @@ class VisionProcessor:
         return tail[tail.index("<think>") :] if "<think>" in tail else ""
 
     def encode_prompt(self, chat_text: str, images: list[Image.Image]) -> dict[str, Any]:
-        """Token ids [P], positions [3, P] and `mm_inputs` ({} without images): the image tensors, and `image_ids`, a
-        name of each image's content by which an engine knows one that it has encoded before."""
+        """Token ids [P], positions [3, P] and `mm_inputs`, the Images."""
         pictures = {"images": images} if images else {}
         encoded = self.processor(text=[chat_text], **pictures, return_tensors="pt")
         ids = encoded["input_ids"][0]
-        mm_inputs: dict[str, Any] = {}
-        if images:
-            mm_inputs = {k: encoded[k] for k in ("pixel_values", "image_grid_thw")}
-            mm_inputs["image_ids"] = image_ids(**mm_inputs)
-        positions = positions_of_prompt(ids, mm_inputs.get("image_grid_thw"), self.config)
-        return {"prompt_ids": ids, "prompt_positions": positions, "mm_inputs": mm_inputs}
+        tensors = Images.of(self.family.split_images(encoded)) if images else Images()
+        positions = self.family.positions(ids, tensors, self.config)
+        return {"prompt_ids": ids, "prompt_positions": positions, "mm_inputs": tensors}
 
-    def encode_images(self, images: list[Image.Image], do_resize: bool = True) -> dict[str, torch.Tensor]:
-        """The `mm_inputs` of `images`, as `encode_prompt` would make them; `do_resize=False` for what `resize` made."""
+    def encode_images(
+        self, images: list[Image.Image], do_resize: bool = True, digests: Sequence[str] | None = None
+    ) -> Images:
+        """The `mm_inputs` of `images`, as `encode_prompt` would make them.
+
+        Args:
+            do_resize: False for what `resize` made.
+            digests: By default those of the tensors.
+        """
         encoded = self.image_processor(images=images, do_resize=do_resize, return_tensors="pt")
-        return {"pixel_values": encoded["pixel_values"], "image_grid_thw": encoded["image_grid_thw"]}
+        return Images.of(self.family.split_images(encoded), digests)
 
     def resize(self, image: Image.Image) -> Image.Image:
         """The RGB `image` in the size, and with the resampling, in which the model will see it."""
-        image_processor = self.image_processor
-        resized = image_processor.resize(
-            torch.from_numpy(np.array(image)).permute(2, 0, 1),
-            size=SizeDict(**dict(image_processor.size)),
-            resample=image_processor.resample,
-            factor=image_processor.patch_size * image_processor.merge_size,
-        )
-        return Image.fromarray(resized.permute(1, 2, 0).numpy())
+        return self.family.resize(self.image_processor, image)
 
     def num_image_tokens(self, width: int, height: int) -> int:
-        """How many prompt tokens an image of this size takes, by arithmetic alone.
+        """The number of prompt tokens of an image of this size, by arithmetic alone.
 
         Raises ValueError for sides of a ratio that the model does not take.
         """
-        image_processor = self.image_processor
-        try:
-            patches = image_processor.get_number_of_image_patches(height, width, {})
-        except ValueError as error:
-            raise ValueError(
-                f"an image of {width}x{height} pixels is none for {self.family.name}: {error}; crop it, or leave such "
-                "rows out"
-            ) from error
-        return patches // image_processor.merge_size**2
+        return self.family.image_tokens(self.image_processor, width, height)
 
     def count_tokens(self, chat_texts: list[str]) -> list[int]:
         """How many tokens each text has, an image counting as one."""
@@ -114,20 +100,6 @@ class VisionProcessor:
         backend.no_truncation()
         backend.no_padding()
         return [len(encoding.ids) for encoding in backend.encode_batch_fast(chat_texts)]
-
-
-def image_ids(pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> tuple[str, ...]:
-    """A digest of each image's patches and shape.
-
-    Args:
-        pixel_values: [patches of all images, values per patch].
-        image_grid_thw: [images, 3].
-    """
-    pieces = pixel_values.split(image_grid_thw.prod(dim=1).tolist())
-    return tuple(
-        hashlib.sha256(str(grid).encode() + piece.contiguous().numpy().tobytes()).hexdigest()
-        for grid, piece in zip(image_grid_thw.tolist(), pieces, strict=True)
-    )
 
 
 def load_config(model_path: str, trust_remote_code: bool = False) -> Any:
@@ -172,5 +144,6 @@ def tokenizer_of(processor: Any) -> Any:
 
 def load_special_tokens(model_path: str, trust_remote_code: bool = False) -> SpecialTokens:
     """The special token ids of the model in a folder or on the hub."""
+    config = load_config(model_path, trust_remote_code)
     tokenizer = tokenizer_of(load_processor(model_path, trust_remote_code))
-    return special_tokens(load_config(model_path, trust_remote_code), tokenizer, load_generation_config(model_path))
+    return family_of(config).special_tokens(config, tokenizer, load_generation_config(model_path))

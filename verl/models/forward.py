@@ -9,19 +9,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from verl.columns import split_exact, view_column
+from verl.columns import ORIGINAL, TOKENS, split_exact, view_column
+from verl.models.families.base import join_images
 from verl.models.policy import Exact, PolicyModel
 from verl.protocol import DataProto
-
-ORIGINAL = ""
-TOKENS = ("input_ids", "attention_mask", "position_ids", "response_mask")
 
 
 def forward_views(
     policy: PolicyModel,
     batch: DataProto,
     views: list[str],
-    temperature: float,
     device: torch.device,
     exact: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
@@ -40,26 +37,22 @@ def forward_views(
         rows = torch.arange(len(batch))
         if view != ORIGINAL:
             rows = rows[batch[view_column(view, "rows")]]
-        images = "mm_inputs" if view == ORIGINAL else view_column(view, "mm_inputs")
+        images = view_column(view, "mm_inputs")
         part = batch.select([*TOKENS, images]).rows(rows)
         parts.append(DataProto(part.tensors, {"mm_inputs": part.objects[images]}))
         selected[view] = rows.to(device)
     starts = dict(zip(views, accumulate([0, *map(len, parts)]), strict=False))
     wanted = {name: _exact(name, selected, starts) for name in exact}
-    found = policy(**model_inputs(DataProto.concat(parts), device), temperature=temperature, exact=wanted)
+    found = policy(**model_inputs(DataProto.concat(parts), device), exact=wanted)
     width = batch["response_mask"].shape[1]
     result = {}
     for view, rows in selected.items():
         own = found["log_probs"][starts[view] : starts[view] + len(rows)]
-        result[_column(view, "log_probs")] = _all_rows(own, rows, len(batch), width)
+        result[view_column(view, "log_probs")] = _all_rows(own, rows, len(batch), width)
     for name in exact:
         view, _ = split_exact(name)
         result[name] = _all_rows(found[name], selected[view], len(batch), width)
     return result
-
-
-def _column(view: str, what: str) -> str:
-    return view_column(view, what) if view else what
 
 
 def _exact(name: str, selected: dict[str, torch.Tensor], starts: dict[str, int]) -> Exact:
@@ -81,7 +74,7 @@ def _all_rows(values: torch.Tensor, rows: torch.Tensor, count: int, width: int) 
 def model_inputs(batch: DataProto, device: torch.device) -> dict[str, Any]:
     """What PolicyModel.forward takes, without the columns that are padding in every row.
 
-    Rows that hold the same `mm_inputs` object (responses to one prompt) share its images.
+    Images that are the same, such as those of all responses to a prompt, are among its images once.
     """
     num_response = batch["response_mask"].shape[1]
     num_prompt = batch["input_ids"].shape[1] - num_response
@@ -89,35 +82,12 @@ def model_inputs(batch: DataProto, device: torch.device) -> dict[str, Any]:
     first = int(batch["attention_mask"][:, :num_prompt].argmax(dim=1).min())
     response = max(1, int(batch["response_mask"].sum(dim=1).max()))
     columns = slice(first, num_prompt + response)
+    images, owner = join_images(batch["mm_inputs"])
     return {
         "input_ids": batch["input_ids"][:, columns].to(device),
         "attention_mask": batch["attention_mask"][:, columns].to(device),
         "position_ids": batch["position_ids"][:, :, columns].to(device),
         "response_mask": batch["response_mask"][:, :response].to(device),
-        **join_images(list(batch["mm_inputs"]), device),
-    }
-
-
-def join_images(mm_inputs: list[dict[str, torch.Tensor]], device: torch.device) -> dict[str, Any]:
-    """The different images of all rows one behind the other, and which of them each image place is."""
-    first_image: dict[int, int] = {}
-    pixels, grids, owner = [], [], []
-    num_images = 0
-    for inputs in mm_inputs:
-        if not inputs:
-            continue
-        grid = inputs["image_grid_thw"]
-        if id(inputs) not in first_image:
-            first_image[id(inputs)] = num_images
-            num_images += len(grid)
-            pixels.append(inputs["pixel_values"])
-            grids.append(grid)
-        start = first_image[id(inputs)]
-        owner.extend(range(start, start + len(grid)))
-    if not pixels:
-        return {"pixel_values": None, "image_grid_thw": None, "image_owner": []}
-    return {
-        "pixel_values": torch.cat(pixels).to(device),
-        "image_grid_thw": torch.cat(grids).to(device),
+        "images": images and {name: tensor.to(device) for name, tensor in images.items()},
         "image_owner": owner,
     }

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig
 
 from verl.config.worker import ComputeDtype
 from verl.models.families import family_of
-from verl.models.paths import check_model_path
+from verl.utils.files import check_model_path
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
         if not empty:
-            return _auto_class(config).from_pretrained(model_path, **options)
+            return family_of(config).auto_class.from_pretrained(model_path, **options)
         model = outline(config, **options)
     except OSError as error:
         raise ValueError(f"the model '{model_path}' does not load: {error}") from error
@@ -51,8 +51,4 @@ def load_model(
 def outline(config: Any, **options: Any) -> nn.Module:
     """The model with this Hugging Face config on the meta device: all of its layers, and no weight is made or read."""
     with torch.device("meta"):
-        return _auto_class(config).from_config(config, **options)
-
-
-def _auto_class(config: Any) -> Any:
-    return AutoModelForImageTextToText if family_of(config).has_vision else AutoModelForCausalLM
+        return family_of(config).auto_class.from_config(config, **options)

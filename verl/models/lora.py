@@ -11,9 +11,10 @@ from torch import nn
 
 from verl.config.worker import LoRAConfig
 from verl.models.adapter_names import ADAPTER
+from verl.models.families import family_of
 
 ALL_LINEAR = "all-linear"
-HEAD, VISION = "lm_head", "model.visual."
+HEAD = "lm_head"
 KEY = "worker.actor.model.lora"
 
 
@@ -22,10 +23,15 @@ def find_targets(inner: nn.Module, lora: LoRAConfig) -> list[str]:
 
     Raises ValueError for a target that matches no layer, or only layers of a vision tower that was not asked for.
     """
+    tower = family_of(inner.config).tower_name
+
+    def in_tower(name: str) -> bool:
+        return bool(tower) and name.startswith(f"{tower}.")
+
     linear = [name for name, module in inner.named_modules() if isinstance(module, nn.Linear) and name != HEAD]
-    if lora.vision_tower and not any(name.startswith(VISION) for name in linear):
+    if lora.vision_tower and not any(map(in_tower, linear)):
         raise ValueError(f"{KEY}.vision_tower=true: a {inner.config.model_type} model has none; leave it out")
-    allowed = [name for name in linear if lora.vision_tower or not name.startswith(VISION)]
+    allowed = [name for name in linear if lora.vision_tower or not in_tower(name)]
     if lora.target_modules == ALL_LINEAR:
         return allowed
     targets = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules

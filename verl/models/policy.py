@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from verl.models.families import family_of
 from verl.models.log_probs import chunked_entropy, chunked_kl, chunked_log_probs
-from verl.models.states import response_states
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,50 @@ class Exact:
     detach_other: bool = False
 
 
+def response_states(
+    inner: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    position_ids: torch.Tensor,
+    num_response: int,
+    images: dict[str, torch.Tensor] | None,
+    image_owner: list[int],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The state before each response token, [B, R, H], and an anchor: a 0 that holds the vision tower in the graph
+    where the batch has no image. Add it to the result, so that FSDP's collectives run on every rank.
+
+    Args:
+        inner: The Hugging Face model.
+        num_response: R; the last R columns of the tokens are the response. For the rest see PolicyModel.forward.
+    """
+    family = family_of(inner.config)
+    features, anchor = family.image_features(inner, images, image_owner, input_ids.device)
+    hidden = inner.model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        **family.forward_arguments(position_ids, features),
+        use_cache=False,
+    ).last_hidden_state
+    # The state at position t predicts token t + 1, so the response's states begin one place before it.
+    return hidden[:, -num_response - 1 : -1], anchor
+
+
 class PolicyModel(nn.Module):
     """Wraps the model so that hidden states, head and log-probs are all inside one forward.
 
     FSDP gathers the weights of the root module around its forward; a head called from outside would see shards.
     """
 
-    def __init__(self, inner: nn.Module, banned: Sequence[int], logits_chunk_size: int) -> None:
+    def __init__(self, inner: nn.Module, banned: Sequence[int], temperature: float, logits_chunk_size: int) -> None:
+        """
+        Args:
+            banned: Token ids that have probability 0.
+            temperature: Divides the logits, as in sampling.
+            logits_chunk_size: Tokens whose logits exist at one time.
+        """
         super().__init__()
         self.inner = inner
+        self.temperature = temperature
         self.logits_chunk_size = logits_chunk_size
         self.register_buffer("banned", torch.tensor(list(banned), dtype=torch.int64), persistent=False)
 
@@ -40,10 +75,8 @@ class PolicyModel(nn.Module):
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
         response_mask: torch.Tensor,
-        pixel_values: torch.Tensor | None,
-        image_grid_thw: torch.Tensor | None,
+        images: dict[str, torch.Tensor] | None,
         image_owner: list[int],
-        temperature: float,
         exact: Mapping[str, Exact] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Log-probs of the response tokens, and what is asked for of their whole distributions.
@@ -52,19 +85,18 @@ class PolicyModel(nn.Module):
             input_ids, attention_mask: [B, L], the last R columns are the response.
             position_ids: [B, 3, L].
             response_mask: [B, R].
-            pixel_values, image_grid_thw: of the *different* images only, or None in a batch without images.
-            image_owner: which of them each image place is, in the order of rows and of images in a row.
-            temperature: divides the logits, as in sampling.
-            exact: by name.
+            images: Tensors of the *different* images only, or None in a batch without images.
+            image_owner: Which of them each image place shows, in the order of rows and of images in a row.
+            exact: By name.
 
         Returns:
             `log_probs` [B, R] and, for each name in `exact`, [rows, R]; float32, 0 where `response_mask` is 0.
         """
         num_response, valid = response_mask.shape[1], response_mask.bool()
-        tokens, images = (input_ids, attention_mask, position_ids), (pixel_values, image_grid_thw, image_owner)
-        states, anchor = response_states(self.inner, *tokens, num_response, *images)
+        tokens = (input_ids, attention_mask, position_ids)
+        states, anchor = response_states(self.inner, *tokens, num_response, images, image_owner)
         states = states[valid]
-        head = (self.inner.lm_head, temperature, self.banned, self.logits_chunk_size)
+        head = (self.inner.lm_head, self.temperature, self.banned, self.logits_chunk_size)
         log_probs = chunked_log_probs(states, input_ids[:, -num_response:][valid], *head)
         log_probs = log_probs.new_zeros(response_mask.shape).masked_scatter(valid, log_probs)
         result = {"log_probs": log_probs if anchor is None else log_probs + anchor}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from verl.models.states import response_states
+from verl.models.policy import response_states
 
 
 class ValueModel(nn.Module):
@@ -29,16 +29,15 @@ class ValueModel(nn.Module):
         attention_mask: torch.Tensor,
         position_ids: torch.Tensor,
         response_mask: torch.Tensor,
-        pixel_values: torch.Tensor | None,
-        image_grid_thw: torch.Tensor | None,
+        images: dict[str, torch.Tensor] | None,
         image_owner: list[int],
     ) -> torch.Tensor:
         """Values [B, R] float32: what the critic expects before each response token, 0 where `response_mask` is 0.
 
         Args as in PolicyModel.forward.
         """
-        tokens, images = (input_ids, attention_mask, position_ids), (pixel_values, image_grid_thw, image_owner)
-        states, anchor = response_states(self.inner, *tokens, response_mask.shape[1], *images)
+        tokens = (input_ids, attention_mask, position_ids)
+        states, anchor = response_states(self.inner, *tokens, response_mask.shape[1], images, image_owner)
         valid = response_mask.bool()
         values = self.value_head(states[valid].float()).squeeze(-1)
         values = values.new_zeros(valid.shape).masked_scatter(valid, values)

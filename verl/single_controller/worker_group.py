@@ -132,13 +132,10 @@ class ActorGroup(LogProbGroup):
         """`log_probs` [B, R] of all rows, in order, by the policy with its adapter switched off."""
         return DataProto.concat(self.on_shards(ActorWorker.compute_reference_log_probs, batch.chunk(self.size)))
 
-    def update_policy(
-        self, batch: DataProto, num_mini_batches: int, step: int = 1, total_steps: int = 1, scale: float = 1.0
-    ) -> MetricBag:
-        """All updates of step `step`, counted from 1; `scale` multiplies the coefficients of maximised terms."""
+    def update_policy(self, batch: DataProto, num_mini_batches: int, coefs: dict[str, float]) -> MetricBag:
+        """All updates of a step; `coefs` are the coefficients of the loss terms in this step."""
         shards = self.shards_of_mini_batches(batch, num_mini_batches)
-        arguments = (num_mini_batches, step, total_steps, scale)
-        return MetricBag.merged(self.on_shards(ActorWorker.update_policy, shards, *arguments))
+        return MetricBag.merged(self.on_shards(ActorWorker.update_policy, shards, num_mini_batches, coefs))
 
     def send_through(self, carrier: str) -> tuple[str, int] | None:
         """Prepare to send weights; where sender and receivers must meet, returns (host, port)."""

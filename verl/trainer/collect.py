@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 
 from verl.algorithms.groups import group_mean, keep_groups
+from verl.algorithms.rewards import overlong_penalty
+from verl.config.config import Config
 from verl.data.collate import pad_rows, whole_sequences
 from verl.data.views import add_view
 from verl.data.vision import VisionProcessor
 from verl.protocol import DataProto, object_array
-from verl.trainer.advantages import component, graded, overall_scores
-from verl.trainer.run import Run
+from verl.single_controller.rollout_group import Rollout
+from verl.trainer.plan import Plan
+from verl.trainer.state import TrainState
+from verl.trainer.workers import Workers
 from verl.workers.reward.base import Outcome, RewardError, RewardInput
 from verl.workers.rollout.base import train_sampling
 
@@ -23,10 +27,22 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
+class Pending:
+    """Responses that are being generated."""
+
+    epoch: int
+    prompts: DataProto
+    rollout: Rollout
+
+
+@dataclass
 class Rows:
     """What a step trains on: whole groups of responses, side by side.
 
-    `outcomes` waits for those of the rows. `mini_batches` is the number of updates that they make.
+    Attributes:
+        inputs: What the reward sees of each row.
+        outcomes: Waits for the grading of the rows.
+        mini_batches: Number of updates that the rows make.
     """
 
     batch: DataProto
@@ -45,84 +61,96 @@ class Collector:
     `rollout/weight_version` shows. Where too few groups survive, the step trains on those there are.
     """
 
-    def __init__(self, run: Run, prompts: Iterator[tuple[int, DataProto]]) -> None:
-        self.run = run
-        self.prompts = prompts
-        self.waiting: DataProto | None = None
+    def __init__(self, plan: Plan, workers: Workers, state: TrainState) -> None:
+        self.plan = plan
+        self.config = plan.config
+        self.workers = workers
+        self.state = state
 
-    def collect(self) -> Rows | None:
-        """The rows of the next step; None where filtering has left none."""
-        run = self.run
-        if run.config.algorithm.online_filtering:
-            rows, metrics = self._filtered()
+    def begin(self) -> Pending | None:
+        """Begin to generate for a step, and let the reward count anew; None where enough rows wait already."""
+        sizes = self.plan.sizes
+        per_prompt = sizes.responses_per_prompt + self.plan.requirements.baseline
+        self.workers.reward.begin(sizes.prompts_per_step * per_prompt)
+        if self.config.algorithm.online_filtering and self._missing(self.state.waiting) <= 0:
+            return None
+        return self._begin()
+
+    def finish(self, pending: Pending | None) -> Rows | None:
+        """The rows of the step that `begin` began; None where filtering has left none."""
+        if self.config.algorithm.online_filtering:
+            rows, metrics = self._filtered(pending)
             rows, mini_batches = self._cut(rows)
             if rows is None:
                 return None
-            metrics["train/filter_waiting_groups"] = len(self.waiting or ()) / run.sizes.responses_per_prompt
-            inputs = reward_inputs(run.vision, rows)
+            waiting = self.state.waiting
+            metrics["train/filter_waiting_groups"] = len(waiting or ()) / self.plan.sizes.responses_per_prompt
+            inputs = reward_inputs(self.plan.vision, rows)
             outcomes: Callable[[], list[Outcome]] = partial(list, rows["outcome"])
         else:
-            rows, metrics, mini_batches = self._generate(), {}, run.sizes.mini_batches
-            inputs = reward_inputs(run.vision, rows)
-            outcomes = partial(run.workers.reward.result, run.workers.reward.start(inputs))
-        run.workers.rollout.sleep()
+            rows, metrics, mini_batches = self._finish(pending), {}, self.plan.sizes.mini_batches
+            inputs = reward_inputs(self.plan.vision, rows)
+            outcomes = partial(self.workers.reward.result, self.workers.reward.start(inputs))
+        self.workers.rollout.sleep()
         return Rows(whole_sequences(rows), inputs, outcomes, mini_batches, metrics)
 
-    def _generate(self) -> DataProto:
-        """A row for each response to the next prompts, with every view, and without the pictures."""
-        run = self.run
-        epoch, prompts = next(self.prompts)
-        uids = list(prompts["uid"])
-        sampling = train_sampling(run.config.worker.rollout, run.config.data.max_response_length, uids, epoch)
-        if run.requirements.baseline:  # further requests of the same batch, so that no engine waits for them
+    def _missing(self, rows: DataProto | None) -> int:
+        """How many rows a step lacks beside these."""
+        return self.plan.sizes.responses_per_step - len(rows or ())
+
+    def _begin(self) -> Pending:
+        epoch, prompts = next(self.state.prompts)
+        rollout, longest = self.config.worker.rollout, self.config.data.max_response_length
+        asked, sampling = prompts, train_sampling(rollout, longest, list(prompts["uid"]), epoch)
+        if self.plan.requirements.baseline:  # further requests of the same batch, so that no engine waits for them
             asked = DataProto.concat([prompts, prompts])
             sampling += [replace(request, n=1, temperature=0.0) for request in sampling]
-        else:
-            asked = prompts
-        rollout = run.workers.rollout.generate(asked, sampling)
-        rows = add_views(run, prompts, epoch)  # while the engine generates
-        responses = run.workers.rollout.result(rollout)
-        if run.requirements.baseline:
+        return Pending(epoch, prompts, self.workers.rollout.generate(asked, sampling))
+
+    def _finish(self, pending: Pending) -> DataProto:
+        """A row for each response, with every view, and without the pictures."""
+        rows = add_views(self.plan, pending.prompts, pending.epoch)  # while the engine generates
+        responses = self.workers.rollout.result(pending.rollout)
+        if self.plan.requirements.baseline:
             greedy = responses.rows(slice(len(rows), None))
-            rows = rows.with_columns({"baseline_scores": self._baseline(prompts, greedy)})
+            rows = rows.with_columns({"baseline_scores": self._baseline(pending.prompts, greedy)})
         return rows.with_columns(dict(responses.rows(slice(0, len(rows))).tensors.items()))
 
     def _baseline(self, prompts: DataProto, greedy: DataProto) -> torch.Tensor:
         """[B] for each row of a step, the reward of its prompt's greedy response; NaN where that was not graded."""
-        run = self.run
-        inputs = reward_inputs(run.vision, prompts.with_columns(dict(greedy.tensors.items())))
+        inputs = reward_inputs(self.plan.vision, prompts.with_columns(dict(greedy.tensors.items())))
         outcomes = self._graded(inputs)
-        scores = overall_scores(run.config, outcomes, greedy["response_mask"])
+        scores = overall_scores(self.config, outcomes, greedy["response_mask"])
         scores = scores.masked_fill(~graded(outcomes), float("nan"))
-        return scores.repeat_interleave(run.sizes.responses_per_prompt)
+        return scores.repeat_interleave(self.plan.sizes.responses_per_prompt)
 
     def _graded(self, inputs: list[RewardInput]) -> list[Outcome]:
-        reward = self.run.workers.reward
-        return reward.result(reward.start(inputs))
+        return self.workers.reward.result(self.workers.reward.start(inputs))
 
-    def _filtered(self) -> tuple[DataProto, dict[str, float]]:
+    def _filtered(self, pending: Pending | None) -> tuple[DataProto, dict[str, float]]:
         """Groups that teach something, those that waited first, and what the filter saw."""
-        run, algorithm = self.run, self.run.config.algorithm
-        n, needed = run.sizes.responses_per_prompt, run.sizes.prompts_per_step
-        parts = [self.waiting] if self.waiting is not None else []
+        algorithm, vision, n = self.config.algorithm, self.plan.vision, self.plan.sizes.responses_per_prompt
+        parts = [self.state.waiting] if self.state.waiting is not None else []
         seen: list[torch.Tensor] = []
         tries = 0
-        while sum(map(len, parts)) < needed * n and tries < run.config.trainer.max_try_make_batch:
-            rows = self._generate()
-            outcomes = self._graded(reward_inputs(run.vision, rows))
+        while (
+            sum(map(len, parts)) < self.plan.sizes.responses_per_step and tries < self.config.trainer.max_try_make_batch
+        ):
+            rows, pending = self._finish(pending or self._begin()), None
+            outcomes = self._graded(reward_inputs(vision, rows))
             values, counted = filter_values(outcomes, algorithm.filter_key), graded(outcomes)
             group = torch.arange(len(rows)) // n
             keep = keep_groups(values, group, algorithm.filter_low, algorithm.filter_high, counted)
             parts.append(rows.with_columns(objects={"outcome": object_array(outcomes)}).rows(keep))
             seen.append(group_mean(values, group, counted)[::n])
             tries += 1
-        rows = concat_rows([part for part in parts if len(part)], run.vision.special.pad) if any(parts) else parts[0]
-        if len(rows) < needed * n:
+        rows = concat_rows([part for part in parts if len(part)], vision.special.pad) if any(parts) else parts[0]
+        if self._missing(rows) > 0:
             logger.warning(
                 "only %d of %d groups survived the filter in %d tries (trainer.max_try_make_batch): this step trains "
                 "on those",
                 len(rows) // n,
-                needed,
+                self.plan.sizes.prompts_per_step,
                 tries,
             )
         metrics = {"train/filter_tries": float(tries)}
@@ -136,19 +164,39 @@ class Collector:
     def _cut(self, rows: DataProto) -> tuple[DataProto | None, int]:
         """(rows of this step, their number of mini-batches); the rest waits. Ranks must share each mini-batch equally,
         so a step that is too small for one ordinary update makes one smaller update."""
-        sizes = self.run.sizes
+        sizes = self.plan.sizes
         n = sizes.responses_per_prompt
         groups = len(rows) // n
         mini_batches = min(groups // sizes.prompts_per_update, sizes.mini_batches)
         take = mini_batches * sizes.prompts_per_update
         if not take:
             take = next((g for g in range(groups, 0, -1) if g * n % sizes.ranks == 0), 0)
-        self.waiting = rows.rows(slice(take * n, None)) if take < groups else None
+        self.state.waiting = rows.rows(slice(take * n, None)) if take < groups else None
         return (rows.rows(slice(0, take * n)), max(mini_batches, 1)) if take else (None, 0)
 
 
+def graded(outcomes: list[Outcome]) -> torch.Tensor:
+    """[B] bool: which responses have a score."""
+    return torch.tensor([outcome.score is not None for outcome in outcomes])
+
+
+def component(outcomes: list[Outcome], name: str) -> torch.Tensor:
+    """[B] float64: a component of each score, 0 where there is none."""
+    return torch.tensor([(outcome.score or {}).get(name, 0.0) for outcome in outcomes], dtype=torch.float64)
+
+
+def overall_scores(config: Config, outcomes: list[Outcome], response_mask: torch.Tensor) -> torch.Tensor:
+    """[B] float32: the overall reward of each response, less the penalty of one that is too long."""
+    overall, algorithm = component(outcomes, "overall").float(), config.algorithm
+    if algorithm.overlong_buffer:
+        lengths = response_mask.sum(dim=1)
+        penalty = overlong_penalty(lengths, config.data.max_response_length, algorithm.overlong_buffer)
+        overall = overall + algorithm.overlong_penalty * penalty
+    return overall
+
+
 def filter_values(outcomes: list[Outcome], key: str) -> torch.Tensor:
-    """[B] what the filter looks at, 0 without a score. Raises RewardError where the reward has no such component."""
+    """[B] the component that the filter reads, 0 without a score. Raises RewardError where the reward has none such."""
     known = next((outcome.score for outcome in outcomes if outcome.score is not None), {key: 0.0})
     if key not in known:
         raise RewardError(
@@ -164,13 +212,12 @@ def concat_rows(parts: list[DataProto], pad: int) -> DataProto:
     return DataProto.concat([pad_rows(part, prompt, response, pad) for part in parts])
 
 
-def add_views(run: Run, prompts: DataProto, epoch: int) -> DataProto:
+def add_views(plan: Plan, prompts: DataProto, epoch: int) -> DataProto:
     """A row per response, with the image tensors of every view that a loss term reads, and without the pictures."""
-    copies = run.sizes.responses_per_prompt
+    copies, seed = plan.sizes.responses_per_prompt, plan.config.trainer.seed
     rows = prompts.repeat_interleave(copies)
-    for view in run.requirements.views:
-        config = run.config.algorithm.views[view]
-        rows = add_view(rows, view, config, run.vision, run.config.trainer.seed, epoch, copies)
+    for view in plan.requirements.views:
+        rows = add_view(rows, view, plan.config.algorithm.views[view], plan.vision, seed, epoch, copies)
     return rows.select([c for c in (*rows.tensors.keys(), *rows.objects) if c not in ("images", "view_images")])
 
 

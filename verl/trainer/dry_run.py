@@ -7,7 +7,6 @@ import copy
 import itertools
 import logging
 import math
-import tempfile
 from typing import Any
 
 import numpy as np
@@ -15,19 +14,18 @@ import ray
 from PIL import Image
 from tqdm import tqdm
 
-from verl.algorithms.rewards import RewardKL
 from verl.config.config import Config
 from verl.config.sizes import compute_sizes
 from verl.data.checks import count_images
 from verl.data.collate import PromptCollator
 from verl.data.dataset import PromptDataset
 from verl.data.rows import IMAGE_MARKER
-from verl.protocol import DataProto
+from verl.metrics.machine import Timings
 from verl.single_controller.resources import start_ray
 from verl.trainer.collect import Collector
 from verl.trainer.plan import Plan
-from verl.trainer.run import Run
-from verl.trainer.step import run_step
+from verl.trainer.state import TrainState
+from verl.trainer.step import prepare, update
 from verl.trainer.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -56,21 +54,20 @@ def dry_run(plan: Plan) -> list[str]:
         plan.sizes.responses_per_prompt,
         plan.config.data.max_response_length,
     )
-    with tempfile.TemporaryDirectory() as folder:  # for the record of responses that could not be graded
-        plan.config.trainer.output_dir = folder
-        return two_steps(plan, prompts)
-
-
-def two_steps(plan: Plan, prompts: DataProto) -> list[str]:
     try:
         start_ray(plan.layout, plan.config.trainer.nnodes)
         workers = Workers.build(plan)
-        reward_kl = RewardKL(plan.config.algorithm.reward_kl)
-        run = Run(plan.config, plan.sizes, plan.requirements, plan.vision, workers, STEPS, reward_kl)
-        collector = Collector(run, itertools.repeat((0, prompts)))
+        state = TrainState.new(plan)
+        state.prompts = itertools.repeat((0, prompts))
+        collector = Collector(plan, workers, state)
         for step in tqdm(range(1, STEPS + 1), desc="dry run", unit="step", leave=False):
-            metrics = run_step(run, collector, step).metrics
-        return report(metrics, workers)
+            timings = Timings()
+            with timings("step"):
+                with timings("rollout"):
+                    rows = collector.finish(collector.begin())
+                batch = prepare(plan, workers, state, rows, timings)
+                update(plan, workers, batch, step, 1.0, timings)
+        return report(timings, workers)
     finally:
         ray.shutdown()
 
@@ -114,8 +111,7 @@ def largest_item(plan: Plan) -> dict[str, Any]:
 
 def sides(plan: Plan) -> list[int]:
     """Sides of square images in pixels, from the largest that is allowed downwards, each with fewer tokens."""
-    processor, data = plan.vision.image_processor, plan.config.data
-    factor = processor.patch_size * processor.merge_size
+    data, factor = plan.config.data, plan.vision.family.side_unit(plan.vision.image_processor)
     largest, smallest = (math.isqrt(pixels) // factor for pixels in (data.max_pixels, data.min_pixels))
     return [factor * number for number in range(max(largest, 1), max(smallest, 1) - 1, -1)]
 
@@ -155,10 +151,10 @@ def with_noise(plan: Plan, item: dict[str, Any], number: int) -> dict[str, Any]:
     }
 
 
-def report(metrics: dict[str, float], workers: Workers) -> list[str]:
+def report(timings: Timings, workers: Workers) -> list[str]:
     """Seconds of each phase of the last step, and the most memory that each rank has held."""
-    phases = {name.removeprefix("timing_s/"): value for name, value in metrics.items() if name.startswith("timing_s/")}
-    lines = ["dry run passed: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in phases.items())]
+    phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in timings.seconds.items())
+    lines = [f"dry run passed: {phases}"]
     groups = {"actor": workers.actor, "reference": workers.reference, "critic": workers.critic}
     for role, group in groups.items():
         for rank, (peak, memory) in enumerate(group.peak_memory() if group else ()):

@@ -10,11 +10,11 @@ from contextlib import ExitStack
 from verl.checkpoint.tensors import SaveFailed
 from verl.config.config import Config
 from verl.single_controller.preflight import ClusterError
+from verl.trainer.checkpoints import ResumeError
 from verl.trainer.dry_run import dry_run, in_small
 from verl.trainer.interrupts import RunInterrupted
 from verl.trainer.plan import make_plan
 from verl.trainer.ray_trainer import RayTrainer
-from verl.trainer.resume import ResumeError
 from verl.utils.files import hold_folder
 from verl.workers.memory import OutOfDeviceMemory
 from verl.workers.reward.base import RewardError
@@ -33,6 +33,8 @@ def launch(config: Config, dry: bool) -> None:
             if not dry:
                 held.enter_context(hold_folder(plan.config.trainer.output_dir))
             trainer = None if dry else RayTrainer(plan)
+            if trainer:
+                trainer.open()
         except (ValueError, FileNotFoundError) as error:
             logger.debug("where it was found", exc_info=True)
             sys.exit(f"error: {error}")

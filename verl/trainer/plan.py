@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from verl.algorithms.losses.compose import LossTerm, build_terms
 from verl.algorithms.requirements import Requirements, required_before_updates, requirements_of
-from verl.config.algorithm import OldLogProbs, ViewStage
+from verl.config.algorithm import ViewStage
 from verl.config.config import Config
+from verl.config.option import check_options
 from verl.config.sizes import Sizes, compute_sizes
-from verl.config.validate import validate
 from verl.data.collate import PromptCollator
 from verl.data.dataset import PromptDataset
 from verl.data.loader import train_loader, validation_loader
@@ -36,6 +37,7 @@ class Plan:
     """Everything that can be known, and refused, before a worker is started."""
 
     config: Config
+    terms: list[LossTerm]
     requirements: Requirements
     sizes: Sizes
     layout: Layout
@@ -62,8 +64,8 @@ def make_plan(config: Config) -> Plan:
         log_requirements(config, requirements)
     data, model = config.data, config.worker.actor.model
     vision = VisionProcessor(model.model_path, data.min_pixels, data.max_pixels, model.trust_remote_code)
-    check_sight(config, requirements, vision)
-    check_companions(config, requirements, vision)
+    check_vision(config, requirements, vision)
+    check_reference_and_critic(config, requirements, vision)
     check_adapter(config, vision)
     collator = PromptCollator(vision.special.pad)
     train, val, total_steps = None, None, 0
@@ -78,10 +80,12 @@ def make_plan(config: Config) -> Plan:
     if data.val_files is not None:
         val_data = PromptDataset(data.val_files, "data.val_files", data, vision)
         val = validation_loader(val_data, data.val_batch_size, data.num_workers, collator)
-    return Plan(config, requirements, sizes, layout, vision, train, val, total_steps)
+    return Plan(
+        config, build_terms(config.algorithm.terms), requirements, sizes, layout, vision, train, val, total_steps
+    )
 
 
-def check_sight(config: Config, requirements: Requirements, vision: VisionProcessor) -> None:
+def check_vision(config: Config, requirements: Requirements, vision: VisionProcessor) -> None:
     """Raise ValueError for what a text-only model has no use for; warn of squares that are not the tower's patches."""
     if vision.family.has_vision:
         for view in requirements.views:
@@ -107,7 +111,7 @@ def check_sight(config: Config, requirements: Requirements, vision: VisionProces
         raise ValueError(f"worker.actor.model.freeze_vision_tower=true: {reads}; leave it out")
 
 
-def check_companions(config: Config, requirements: Requirements, vision: VisionProcessor) -> None:
+def check_reference_and_critic(config: Config, requirements: Requirements, vision: VisionProcessor) -> None:
     """Raise ValueError where the reference or the critic is a model that would read the actor's tokens or images as
     something else."""
     roles = {"ref": requirements.reference, "critic": requirements.critic}
@@ -161,8 +165,14 @@ def _absolute(path: str) -> str:
 
 
 def check(config: Config) -> Requirements:
-    """Check the config and every name in it, and derive which passes the run needs. Raises as `validate` does."""
-    validate(config)
+    """Check the config and every name in it, and derive which passes the run needs.
+
+    Raises:
+        ValueError: names the key, its value and the way out.
+        FileNotFoundError: a file that a key names does not exist.
+    """
+    check_options(config)
+    sizes = compute_sizes(config)
     rollout = config.worker.rollout
     rollout.name = choose_engine(rollout.name)
     if rollout.name == "hf" and rollout.tensor_parallel_size > 1:
@@ -179,20 +189,13 @@ def check(config: Config) -> Requirements:
             f"worker.rollout.n={rollout.n}: {config.algorithm.adv_estimator} compares responses to one prompt, it "
             "needs 2 or more"
         )
-    return requirements_of(config.algorithm)
-
-
-def recomputes_old(config: Config, requirements: Requirements, sizes: Sizes) -> bool:
-    """Whether the old log-probs need a pass of their own."""
-    wanted = config.algorithm.old_log_probs
-    too_late = requirements.old_before_updates or sizes.updates_per_step > 1  # for the update's own forward
-    return requirements.old and (wanted == OldLogProbs.recompute or (wanted == OldLogProbs.auto and too_late))
+    return requirements_of(config.algorithm, sizes.updates_per_step)
 
 
 def log_requirements(config: Config, requirements: Requirements) -> None:
     """Say which terms and passes a run has, and warn of every term that trains nothing."""
     logger.info("loss: %s", ", ".join(f"{n} ({t.kind}, coef {t.coef:g})" for n, t in config.algorithm.terms.items()))
-    passes = ["old log-probs"] * recomputes_old(config, requirements, compute_sizes(config))
+    passes = ["old log-probs"] * requirements.old_pass
     kind = "reference log-probs" + " (the actor without its adapter)" * config.worker.actor_is_reference
     passes += [kind] * requirements.reference
     passes += ["values"] * requirements.critic

@@ -1,38 +1,34 @@
-"""RayTrainer: builds what a plan describes and runs it from the first step to the summary."""
+"""RayTrainer: runs a plan from the first step to the summary. Its `_step` is the whole of a training step."""
 
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any, NoReturn
 
 import ray
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from verl.algorithms.losses.compose import build_terms
-from verl.algorithms.rewards import RewardKL
 from verl.config.algorithm import WatchdogAction
-from verl.data.thumbnails import views_to_show
+from verl.metrics.machine import Timings, host_memory
 from verl.single_controller.resources import start_ray
 from verl.tracking import Trackers
-from verl.trainer.checkpointer import Checkpointer
-from verl.trainer.collect import Collector
-from verl.trainer.interrupts import Interrupts, RunInterrupted
-from verl.trainer.plan import Plan
-from verl.trainer.progress import Driver, Progress
-from verl.trainer.prompts import PromptStream
-from verl.trainer.resume import (
-    checkpoints_of,
+from verl.trainer.checkpoints import (
+    Checkpointer,
+    ResumePoint,
     find_resume_point,
     refuse_another_experiment,
     restore,
     set_aside_later,
 )
-from verl.trainer.run import Run
+from verl.trainer.collect import Collector
+from verl.trainer.interrupts import Interrupts, RunInterrupted
+from verl.trainer.plan import Plan
 from verl.trainer.run_dir import RunDir
-from verl.trainer.step import run_step
-from verl.trainer.validation import validate
-from verl.trainer.watchdog import Watchdog
+from verl.trainer.state import TrainState
+from verl.trainer.step import Batch, prepare, speed, update
+from verl.trainer.validation import Validation, for_summary
 from verl.trainer.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -45,25 +41,38 @@ class RayTrainer:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.trainer = plan.config.trainer
-        self.point = find_resume_point(plan.config)
-        if self._is_complete() and self.point.changed.keys() - LENGTH:
+        self.config = plan.config.trainer
+        self.complete: dict[str, float] | None = None  # the summary, where there is nothing left to do
+
+    def open(self) -> None:
+        """Find where the run goes on, and open its folder and trackers. Raises ValueError naming the key or folder."""
+        point = find_resume_point(self.plan.config)
+        ended = self._has_ended(point)
+        if ended and point.changed.keys() - LENGTH:
             logger.warning(
-                "the run in %s is complete and had other settings: this one begins anew", self.trainer.output_dir
+                "the run in %s is complete and had other settings: this one begins anew", self.config.output_dir
             )
-            self.point = None
-        elif self.point is not None:
-            refuse_another_experiment(self.point, plan.config)
-        self.run_dir = RunDir(plan.config, self.point.step if self.point and self.point.own else None)
-        self.complete = self._summary_of_complete_run()
-        self.trackers = None if self.complete else Trackers(self.run_dir.path, plan.config)
-        views = plan.config.algorithm.views
-        shows = self.trackers is not None and self.trackers.show_generations
-        self.shown = self.trainer.val_generations_to_log if shows else 0
-        self.shown_views = views_to_show({v: views[v] for v in plan.requirements.views}) if self.shown else {}
+            point, ended = None, False
+        elif point is not None:
+            refuse_another_experiment(point, self.plan.config)
+        self.point = point
+        self.run_dir = RunDir(self.plan.config, point.step if point and point.own else None)
+        if ended:
+            self.complete = self.run_dir.read_summary()
+        elif point is not None and point.own:
+            self.run_dir.remove_summary()
+        if not self.complete:
+            self.trackers = Trackers(self.run_dir.path, self.plan.config)
+
+    def _has_ended(self, point: ResumePoint | None) -> bool:
+        """Whether the checkpoint of this run that there is leaves nothing to do."""
+        if point is None or not point.own:
+            return False
+        stops = self.plan.config.algorithm.watchdog.action == WatchdogAction.stop
+        return (point.state["stopped"] and stops) or point.step >= self.plan.total_steps
 
     def fit(self) -> dict[str, float]:
-        """Train, or only validate; returns what summary.json holds.
+        """Train, or only validate, after `open`; returns what summary.json holds.
 
         Raises SaveFailed where the last checkpoint could not be saved, ResumeError where the first one does not fit,
         RunInterrupted where a signal ended the run.
@@ -73,11 +82,16 @@ class RayTrainer:
             return self.complete
         if self.point is not None:
             set_aside_later(self.point, self.plan.config)
-        succeeded = False
+        succeeded, started = False, time.perf_counter()
         try:
-            start_ray(self.plan.layout, self.trainer.nnodes)  # first: Ray has a handler of its own for SIGTERM
-            with Interrupts(self.trainer.on_signal) as interrupts:
-                found = self._run(interrupts)
+            start_ray(self.plan.layout, self.config.nnodes)  # first: Ray has a handler of its own for SIGTERM
+            with Interrupts(self.config.on_signal) as interrupts, logging_redirect_tqdm():
+                try:
+                    self._start()
+                    found = for_summary(self._validate()) if self.config.val_only else self._train(interrupts)
+                except KeyboardInterrupt:
+                    text = f"ended by {interrupts.requested}; no step had been done since the start"
+                    raise RunInterrupted(text) from None
             succeeded = True
         except RunInterrupted:
             succeeded = True
@@ -86,135 +100,111 @@ class RayTrainer:
             self.trackers.close(succeeded)
             ray.shutdown()
             self.run_dir.draw_curves()
-        summary = {"steps": found.step, "seconds": round(found.total_seconds(), 1), "seed": self.trainer.seed}
-        summary |= found.validations
+        steps = 0 if self.config.val_only else self.state.step
+        seconds = time.perf_counter() - started if self.config.val_only else self.state.total_seconds()
+        summary = {"steps": steps, "seconds": round(seconds, 1), "seed": self.config.seed, **found}
         self.run_dir.write_summary(summary)
         return summary
 
-    def _is_complete(self) -> bool:
-        """Whether the checkpoint of this run that there is leaves nothing to do."""
-        if self.point is None or not self.point.own:
-            return False
-        halted = self.point.state["stopped"] and self.plan.config.algorithm.watchdog.action == WatchdogAction.stop
-        return halted or self.point.step >= self.plan.total_steps
-
-    def _summary_of_complete_run(self) -> dict[str, float] | None:
-        """That of this very run, where there is nothing left to do."""
-        if self._is_complete():
-            return self.run_dir.read_summary()
-        if self.point is not None and self.point.own:
-            self.run_dir.remove_summary()
-        return None
-
-    def _run(self, interrupts: Interrupts) -> Progress:
-        """Start the workers and train or validate. Raises RunInterrupted."""
+    def _start(self) -> None:
+        """Start the workers, and validate before the first step or take the state of the checkpoint."""
         plan = self.plan
-        try:
-            workers = Workers.build(plan)
-            reward_kl = RewardKL(plan.config.algorithm.reward_kl)
-            self.run = Run(
-                plan.config, plan.sizes, plan.requirements, plan.vision, workers, plan.total_steps, reward_kl
-            )
-            with logging_redirect_tqdm():
-                return self._validate_only() if self.trainer.val_only else self._train(interrupts)
-        except KeyboardInterrupt:
-            raise RunInterrupted(f"ended by {interrupts.requested}; no step had been done since the start") from None
-
-    def _train(self, interrupts: Interrupts) -> Progress:
-        """All steps that are left, and the model as a Hugging Face folder. Raises RunInterrupted."""
-        driver = self._driver()
-        interrupts.begin_training()
-        progress, keeper = driver.progress, Checkpointer(checkpoints_of(self.plan.config), driver)
-        left = range(progress.step + 1, self.plan.total_steps + 1)
-        bar = tqdm(
-            left, initial=progress.step, total=self.plan.total_steps, desc="training", unit="step", smoothing=0.1
-        )
-        try:
-            for step in bar:
-                if progress.stopped:
-                    break
-                self._step(driver, step, keeper, interrupts)
-                if interrupts.requested and step < self.plan.total_steps and not progress.stopped:
-                    self._end(keeper, interrupts, driver.state_dict())
-            if self.trainer.save_model:
-                self.run.workers.actor.save_huggingface(self.run_dir.file("model"))
-        except Exception:
-            keeper.rescue()
-            raise
-        keeper.close()
-        return progress
-
-    def _driver(self) -> Driver:
-        """All parts as they are before the first step, or as they were when the checkpoint was saved."""
-        algorithm = self.plan.config.algorithm
-        prompts = PromptStream(self.plan.train_loader)
-        watchdog = Watchdog(algorithm.watchdog, build_terms(algorithm.terms))
-        driver = Driver(self.run, Progress(), prompts, Collector(self.run, prompts), watchdog)
+        self.workers = Workers.build(plan)
+        self.validation = Validation(plan, self.workers, self.run_dir, self.trackers)
+        if self.config.val_only:
+            return
+        self.state = TrainState.new(plan)
+        self.collector = Collector(plan, self.workers, self.state)
+        self.keeper = Checkpointer(plan.config, self.workers, self.state)
         if self.point is not None:
-            restore(self.point, driver)
-            if algorithm.watchdog.action != WatchdogAction.stop:
-                driver.progress.stopped = False
-        elif self.trainer.val_before_train:
-            metrics = self._validate(0)
-            self.trackers.log(0, metrics)
-            driver.progress.validations |= _for_summary(metrics, "before")
-        return driver
+            restore(self.point, plan.config, self.workers, self.state)
+            if plan.config.algorithm.watchdog.action != WatchdogAction.stop:
+                self.state.stopped = False
+        elif self.config.val_before_train:
+            self.state.validations |= for_summary(self._validate(), "before")
 
-    def _step(self, driver: Driver, step: int, keeper: Checkpointer, interrupts: Interrupts) -> None:
-        """One step, and what follows from it: events, validation, records, a checkpoint."""
-        progress = driver.progress
-        before = driver.state_dict() if interrupts.stops_now else {}
+    def _validate(self) -> dict[str, float]:
+        """Validate before any step."""
+        metrics = self.validation.run(0)
+        self.trackers.log(0, metrics)
+        return metrics
+
+    def _train(self, interrupts: Interrupts) -> dict[str, float]:
+        """All steps that are left, and the model as a Hugging Face folder. Raises RunInterrupted."""
+        interrupts.begin_training()
+        state, total = self.state, self.plan.total_steps
+        left = range(state.step + 1, total + 1)
+        try:
+            for step in tqdm(left, initial=state.step, total=total, desc="training", unit="step", smoothing=0.1):
+                if state.stopped:
+                    break
+                batch, metrics = self._step(step, interrupts)
+                self._record(step, batch, metrics)
+                if interrupts.requested and step < total and not state.stopped:
+                    self._end(interrupts, self.keeper.driver_state())
+            if self.config.save_model:
+                self.workers.actor.save_huggingface(self.run_dir.file("model"))
+        except Exception:
+            self.keeper.rescue()
+            raise
+        finally:
+            self._write_failures(state.step + 1)  # of a step that was not finished
+        self.keeper.close()
+        return state.validations
+
+    def _step(self, step: int, interrupts: Interrupts) -> tuple[Batch | None, dict[str, float]]:
+        """Generate, score, compute log-probs and advantages, update, and give the engines the new weights."""
+        plan, workers, state, timings = self.plan, self.workers, self.state, Timings()
+        before = self.keeper.driver_state() if interrupts.stops_now else {}
         try:
             interrupts.begin_step()  # from here on a signal may come as KeyboardInterrupt
-            result = run_step(self.run, driver.collector, step, driver.watchdog.scale, interrupts.begin_update)
-            interrupts.begin_update()  # a step without rows has not come to it
+            with timings("step"):
+                with timings("rollout"):
+                    pending = self.collector.begin()
+                    rows = self.collector.finish(pending)
+                batch = rows and prepare(plan, workers, state, rows, timings)
+                interrupts.begin_update()
+                if batch is None:
+                    logger.warning("step %d has nothing to train on: every group was all right or all wrong", step)
+                    return None, {"train/empty_step": 1.0}
+                metrics = update(plan, workers, batch, step, state.watchdog.scale, timings)
         except KeyboardInterrupt:
-            self._end(keeper, interrupts, before)
-        self.run_dir.add_samples(step, "train", result.samples)
-        verdict = driver.watchdog.observe(step, result.metrics)
+            self._end(interrupts, before)
+        return batch, {**metrics, **speed(rows.batch, timings), **host_memory()}
+
+    def _record(self, step: int, batch: Batch | None, metrics: dict[str, float]) -> None:
+        """What follows from a step: events, validation, records, a checkpoint."""
+        state, config = self.state, self.config
+        self.run_dir.add_samples(step, "train", batch.samples if batch else [])
+        self._write_failures(step)
+        verdict = state.watchdog.observe(step, metrics)
         self.run_dir.add_events(verdict.events)
-        progress.step, progress.stopped = step, verdict.stop
+        state.step, state.stopped = step, verdict.stop
         last = step == self.plan.total_steps or verdict.stop
-        due = self.trainer.val_freq and step % self.trainer.val_freq == 0
-        if (last and self.trainer.val_after_train) or (due and not last):
-            result.metrics.update(self._validate(step))
-        best = progress.is_best(self.trainer.save_best, result.metrics)
-        if last and self.trainer.val_after_train:
-            progress.validations |= _for_summary(result.metrics, "after")
-        self.trackers.log(step, result.metrics)
+        due = config.val_freq and step % config.val_freq == 0
+        if (last and config.val_after_train) or (due and not last):
+            metrics.update(self.validation.run(step))
+        best = state.is_best(config.save_best, metrics)
+        if last and config.val_after_train:
+            state.validations |= for_summary(metrics, "after")
+        self.trackers.log(step, metrics)
         if verdict.stop:
             logger.warning("the watchdog has stopped the run after step %d", step)
-        if best or (self.trainer.save_freq and (last or step % self.trainer.save_freq == 0)):
+        if best or (config.save_freq and (last or step % config.save_freq == 0)):
             self.run_dir.sync()
-            keeper.save()
+            self.keeper.save()
         else:
-            keeper.poll()
+            self.keeper.poll()
 
-    def _end(self, keeper: Checkpointer, interrupts: Interrupts, state: dict[str, Any]) -> NoReturn:
+    def _write_failures(self, step: int) -> None:
+        self.run_dir.add_failures(step, self.workers.reward.take_failures())
+
+    def _end(self, interrupts: Interrupts, state: dict[str, Any]) -> NoReturn:
         """Save where the run stands, if no checkpoint has that yet. Raises RunInterrupted, or SaveFailed."""
         if state["step"]:
             self.run_dir.sync()
-            keeper.save_once(state)
-        keeper.close()
+            self.keeper.save_once(state)
+        self.keeper.close()
         raise RunInterrupted(
             f"ended by {interrupts.requested} after step {state['step']}; the same command goes on from there"
         )
-
-    def _validate_only(self) -> Progress:
-        metrics = self._validate(0)
-        self.trackers.log(0, metrics)
-        return Progress(validations=_for_summary(metrics))
-
-    def _validate(self, step: int) -> dict[str, float]:
-        found = validate(self.run, self.plan.val_loader, step, self.shown_views, self.shown)
-        self.run_dir.add_samples(step, "val", found.samples)
-        if found.generations:
-            self.trackers.log_generations(step, found.generations)
-        return found.metrics
-
-
-def _for_summary(metrics: dict[str, float], when: str = "") -> dict[str, float]:
-    """Accuracy and reward of a validation. A reward function need not have a component `accuracy`."""
-    suffix = when and f"_{when}"
-    names = ("accuracy", "reward")
-    return {f"val_{name}{suffix}": metrics[f"val/{name}"] for name in names if f"val/{name}" in metrics}

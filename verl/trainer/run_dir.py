@@ -13,14 +13,13 @@ from omegaconf import OmegaConf
 
 from verl.checkpoint.files import sync
 from verl.config.config import Config
-from verl.single_controller.reward_group import FAILURES
 from verl.tracking.curves import draw_curves
 from verl.tracking.run_info import settings
 from verl.utils.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
-RECORDS = ("metrics.jsonl", "samples.jsonl", "events.jsonl", FAILURES)
+RECORDS = ("metrics.jsonl", "samples.jsonl", "events.jsonl", "reward_failures.jsonl")
 UNFINISHED = re.compile(r".+\.(tmp|old)\d+")
 
 
@@ -65,18 +64,21 @@ class RunDir:
         return os.path.join(self.path, name)
 
     def add_samples(self, step: int, split: str, records: list[dict[str, Any]]) -> None:
-        """Append generations to samples.jsonl, whole lines at a time."""
-        with open(self.file("samples.jsonl"), "a", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps({"step": step, "split": split, **record}, ensure_ascii=False) + "\n")
+        """Append generations to samples.jsonl."""
+        self._append("samples.jsonl", [{"step": step, "split": split, **record} for record in records])
 
     def add_events(self, events: list[dict[str, Any]]) -> None:
-        """Append what the watchdog saw to events.jsonl; a bound that there is not is null."""
-        if not events:
-            return
-        with open(self.file("events.jsonl"), "a", encoding="utf-8") as file:
-            for event in events:
-                file.write(json.dumps(event) + "\n")
+        """Append events of the watchdog to events.jsonl. Open bounds are null."""
+        self._append("events.jsonl", events)
+
+    def add_failures(self, step: int, records: list[dict[str, Any]]) -> None:
+        """Append responses that could not be graded to reward_failures.jsonl."""
+        self._append("reward_failures.jsonl", [{"step": step, **record} for record in records])
+
+    def _append(self, name: str, records: list[dict[str, Any]]) -> None:
+        if records:
+            with open(self.file(name), "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         with (

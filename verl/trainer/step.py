@@ -1,108 +1,232 @@
-"""One training step, as data flows."""
+"""A training step behind the generation: `prepare` computes the columns that the updates read, `update` trains."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
-from verl.columns import view_column
-from verl.metrics.machine import Timings, host_memory
-from verl.models.forward import TOKENS
+import torch
+
+from verl.algorithms.advantage import ADVANTAGES
+from verl.algorithms.losses.compose import coefficients
+from verl.algorithms.losses.estimators import k3
+from verl.algorithms.requirements import Requirements
+from verl.algorithms.rewards import token_rewards
+from verl.algorithms.shapers import build_shapers
+from verl.columns import TOKENS, view_column
+from verl.config.algorithm import OldLogProbs, ScheduleConfig
+from verl.config.worker import RolloutConfig
+from verl.metrics.machine import Timings
 from verl.protocol import DataProto, check_columns
-from verl.trainer.advantages import add_advantages
-from verl.trainer.batch_metrics import reward_metrics, rollout_metrics, warn_of_mismatch
-from verl.trainer.collect import Collector
-from verl.trainer.passes import run_passes
-from verl.trainer.run import Run
+from verl.trainer.collect import Rows, component, graded, overall_scores
+from verl.trainer.plan import Plan
+from verl.trainer.state import TrainState
+from verl.trainer.workers import Workers
 from verl.workers.reward.base import Outcome, RewardError, RewardInput
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class StepResult:
-    metrics: dict[str, float]
-    samples: list[dict[str, Any]]
+# Nats per token. In float32 it is below 1e-9, in bfloat16 between 1e-4 and 1e-2; stale weights or images give more.
+LARGE_MISMATCH = 0.02
 
 
-def run_step(
-    run: Run, collector: Collector, step: int, scale: float = 1.0, before_update: Callable[[], None] | None = None
-) -> StepResult:
-    """Generate, score, compute log-probs and advantages, update, and give the engines the new weights. `scale`
-    multiplies the coefficients of maximised terms; `before_update` is called before the first weight changes."""
-    timings = Timings()
-    prompts, per_prompt = run.sizes.prompts_per_step, run.sizes.responses_per_prompt + run.requirements.baseline
-    run.workers.reward.begin(step, prompts * per_prompt)
-    version = run.workers.rollout.version
-    with timings("step"):
-        with timings("rollout"):
-            rows = collector.collect()
-        if rows is None:
-            logger.warning("step %d has nothing to train on: every group was all right or all wrong", step)
-            return StepResult({"train/empty_step": 1.0}, [])
-        check_columns(rows.batch)
-        batch = run_passes(rows.batch, run, timings)  # while the reward scores
-        with timings("reward_wait"):
-            outcomes = rows.outcomes()
-        check_components(run, outcomes)
-        graded, group, found = add_advantages(run, batch, outcomes)
-        if before_update is not None:
-            before_update()
-        updated = update(run, graded, rows.mini_batches, step, scale, timings)
-        with timings("weight_sync"):
-            run.workers.rollout.sync_weights(run.workers.actor)
+@dataclass
+class Batch:
+    """The rows of a step with every column that the updates read, and the metrics so far."""
+
+    columns: DataProto
+    mini_batches: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+def prepare(plan: Plan, workers: Workers, state: TrainState, rows: Rows, timings: Timings) -> Batch:
+    """Log-probs, values and advantages of a step's rows. Raises RewardError where too few could be graded."""
+    config, version = plan.config, workers.rollout.version
+    check_columns(rows.batch)
+    batch = run_passes(plan, workers, rows.batch, timings)  # while the reward scores
+    with timings("reward_wait"):
+        outcomes = rows.outcomes()
+    check_components(plan.requirements, outcomes)
+    columns, group, found = add_advantages(plan, state, batch, outcomes)
     metrics = {
         **reward_metrics(outcomes, group),
         **rows.metrics,
         **found,
-        **{f"reward/{name}": share for name, share in run.workers.reward.failures().items()},
-        **rollout_metrics(batch, run.config.data.max_response_length, version),
-        **updated,
-        **{f"timing_s/{phase}": seconds for phase, seconds in timings.seconds.items()},
-        **throughput(batch, timings),
-        **host_memory(),
+        **{f"reward/{name}": share for name, share in workers.reward.failures().items()},
+        **rollout_metrics(batch, config.data.max_response_length, version),
     }
-    warn_of_mismatch(metrics, run.config.worker.rollout)
-    return StepResult(metrics, samples(batch, rows.inputs, outcomes, run.config.trainer.samples_per_step))
+    records = samples(batch, rows.inputs, outcomes, config.trainer.samples_per_step)
+    return Batch(columns, rows.mini_batches, metrics, records)
 
 
-def check_components(run: Run, outcomes: list[Outcome]) -> None:
+def update(plan: Plan, workers: Workers, batch: Batch, step: int, scale: float, timings: Timings) -> dict[str, float]:
+    """Train the critic, where there is one, and the policy, unless the critic is still ahead of it, and give the
+    engines the new weights; returns the metrics of the whole step.
+
+    Args:
+        scale: Multiplies the coefficients of maximised terms.
+    """
+    metrics = batch.metrics
+    if plan.requirements.critic:
+        with timings("update_critic"):
+            columns = batch.columns.select([*TOKENS, "mm_inputs", "values", "returns"])
+            metrics |= workers.critic.update_critic(columns, batch.mini_batches).result()
+    if step > plan.config.trainer.critic_warmup:
+        with timings("update"):
+            coefs = coefficients(plan.terms, step, plan.total_steps, scale)
+            columns = update_columns(plan.requirements, batch.columns)
+            metrics |= workers.actor.update_policy(columns, batch.mini_batches, coefs).result()
+        for term in plan.terms:
+            if term.config.schedule != ScheduleConfig() or (scale != 1.0 and term.kind.sign < 0):
+                metrics[f"actor/coef/{term.name}"] = coefs[term.name]
+    with timings("weight_sync"):
+        workers.rollout.sync_weights(workers.actor)
+    warn_of_mismatch(metrics, plan.config.worker.rollout)
+    return metrics
+
+
+def run_passes(plan: Plan, workers: Workers, batch: DataProto, timings: Timings) -> DataProto:
+    """`batch` with `old_log_probs`, `ref_log_probs`, `values` and `<view>_log_probs`, each where it is required."""
+    requirements, found = plan.requirements, {}
+    tokens = batch.select([*TOKENS, "mm_inputs"])
+    # Older weights drew the responses that have waited for this step, and only the engine has their log-probs.
+    waited = batch["weight_version"] != workers.rollout.version
+    keeps = requirements.old and plan.config.algorithm.old_log_probs == OldLogProbs.auto and bool(waited.any())
+    if keeps or requirements.old_pass:
+        with timings("old_log_probs"):
+            old = workers.actor.compute_log_probs(tokens)["log_probs"]
+        found["old_log_probs"] = torch.where(waited[:, None], batch["rollout_log_probs"], old) if keeps else old
+    if requirements.reference:
+        with timings("ref_log_probs"):
+            found["ref_log_probs"] = workers.compute_reference_log_probs(tokens)["log_probs"]
+    if requirements.critic:
+        with timings("values"):
+            found["values"] = workers.critic.compute_values(tokens)["values"]
+    for view in requirements.stored_views:
+        with timings(view_column(view, "log_probs")):
+            images = [view_column(view, "mm_inputs"), view_column(view, "rows")]
+            seen = workers.actor.compute_log_probs(batch.select([*TOKENS, *images]), view)
+            found[view_column(view, "log_probs")] = seen["log_probs"]
+    return batch.with_columns(found)
+
+
+def update_columns(requirements: Requirements, batch: DataProto) -> DataProto:
+    """Only what the update reads: every other column would cross Ray for nothing."""
+    names = [name for name in requirements.stored if name != "old_log_probs" or name in batch]
+    images = [view_column(view, "mm_inputs") for view in ("", *requirements.live_views)]
+    return batch.select(list(dict.fromkeys([*TOKENS, *images, *names])))
+
+
+def add_advantages(
+    plan: Plan, state: TrainState, batch: DataProto, outcomes: list[Outcome]
+) -> tuple[DataProto, torch.Tensor, dict[str, float]]:
+    """The batch with `rewards`, `scores`, `accuracy`, `advantages` and, with a critic, `returns`; the group [B] of each
+    row; and metrics.
+
+    A response that could not be graded stays as a row without response tokens: no mean, spread, loss term or
+    denominator counts it, as if it had not been generated. One whose baseline could not be graded goes with it.
+    """
+    algorithm, columns, metrics = plan.config.algorithm, dict(batch.tensors.items()), {}
+    kept = graded(outcomes)
+    if "baseline_scores" in columns:
+        kept = kept & columns["baseline_scores"].isfinite()
+        columns["baseline_scores"] = columns["baseline_scores"].nan_to_num()
+    columns["response_mask"] = mask = batch["response_mask"] * kept[:, None]
+    # A row that is left out is a group of its own, so that no other row is compared with it.
+    group = torch.arange(len(batch)) // plan.sizes.responses_per_prompt
+    group = torch.where(kept, group, -1 - torch.arange(len(batch)))
+    overall = overall_scores(plan.config, outcomes, batch["response_mask"])
+    if algorithm.overlong_buffer and kept.any():
+        change = overall.double() - component(outcomes, "overall")
+        metrics["train/overlong_penalty"] = change[kept].mean().item()
+    columns.setdefault("old_log_probs", batch["rollout_log_probs"])  # algorithm.old_log_probs=rollout
+    rewards = token_rewards(overall, mask)
+    if algorithm.reward_kl.coef:
+        metrics["train/reward_kl_coef"] = state.reward_kl.coef
+        rewards = rewards - state.reward_kl.penalty(columns["old_log_probs"], columns["ref_log_probs"], mask)
+        metrics["train/reward_kl"] = state.reward_kl.last_kl
+    accuracy = component(outcomes, "accuracy").float()
+    made = {"response_mask": mask, "rewards": rewards, "scores": rewards.sum(-1), "accuracy": accuracy}
+    estimate = ADVANTAGES[algorithm.adv_estimator]
+    made |= estimate({**columns, **made, "group": group}, algorithm.gamma, algorithm.lam)
+    for shaper in build_shapers(algorithm.shapers):
+        made["advantages"], found = shaper({**columns, **made})
+        metrics |= {f"train/{shaper.name}/{name}": value for name, value in found.items()}
+    return batch.with_columns(made), group, metrics
+
+
+def check_components(requirements: Requirements, outcomes: list[Outcome]) -> None:
     """Raise RewardError where something reads whether a response is right, and the reward does not say it."""
     known = next((outcome.score for outcome in outcomes if outcome.score is not None), None)
-    if run.requirements.accuracy and known is not None and "accuracy" not in known:
+    if requirements.accuracy and known is not None and "accuracy" not in known:
         raise RewardError(
-            f"{', '.join(run.requirements.accuracy)} read the reward's component 'accuracy', and the reward function "
+            f"{', '.join(requirements.accuracy)} read the reward's component 'accuracy', and the reward function "
             f"returns {', '.join(known)}: let it return 'accuracy' too, 0 or 1"
         )
 
 
-def update(
-    run: Run, batch: DataProto, mini_batches: int, step: int, scale: float, timings: Timings
-) -> dict[str, float]:
-    """Train the critic, where there is one, and the policy, unless the critic is still ahead of it; returns metrics."""
-    metrics: dict[str, float] = {}
-    if run.requirements.critic:
-        with timings("update_critic"):
-            columns = batch.select([*TOKENS, "mm_inputs", "values", "returns"])
-            metrics |= run.workers.critic.update_critic(columns, mini_batches).result()
-    if step > run.config.trainer.critic_warmup:
-        with timings("update"):
-            columns = update_columns(run, batch)
-            updated = run.workers.actor.update_policy(columns, mini_batches, step, run.total_steps, scale)
-            metrics |= updated.result()
+def reward_metrics(outcomes: list[Outcome], group: torch.Tensor) -> dict[str, float]:
+    """Means of the reward and its components over the graded responses, the share of groups that teach GRPO nothing,
+    and the longest time that grading took.
+
+    Args:
+        outcomes: One per response, at least one of them with a score.
+        group: [B] integer that responses to one prompt share; whatever it is for those without a score.
+    """
+    kept = graded(outcomes)
+    scores = [outcome.score for outcome in outcomes if outcome.score is not None]
+    overall = torch.tensor([score["overall"] for score in scores], dtype=torch.float64)
+    metrics = {"train/reward": overall.mean().item(), "train/reward_std": overall.std(unbiased=False).item()}
+    for name in scores[0]:
+        if name != "overall":
+            metrics[f"train/{name}"] = sum(score[name] for score in scores) / len(scores)
+    group = group[kept]
+    uniform = [overall[group == g].unique().numel() == 1 for g in group.unique()]
+    metrics["train/groups_without_signal"] = sum(uniform) / len(uniform)
+    metrics["timing_s/reward_slowest"] = max(outcome.seconds for outcome in outcomes)
     return metrics
 
 
-def update_columns(run: Run, batch: DataProto) -> DataProto:
-    """Only what the update reads: every other column would cross Ray for nothing."""
-    names = [*TOKENS, "mm_inputs", "scores", "accuracy", "advantages", "rollout_log_probs"]
-    names += [name for name in ("old_log_probs", "ref_log_probs") if name in batch]
-    for view in run.requirements.views:
-        names.append(view_column(view, "rows"))
-        names.append(view_column(view, "mm_inputs" if view in run.requirements.live_views else "log_probs"))
-    return batch.select(names)
+def rollout_metrics(batch: DataProto, max_response_length: int, version: int) -> dict[str, float]:
+    """Response lengths in tokens, and how far engine and trainer are apart, in nats per token: |difference of their
+    log-probs|, and KL(engine || trainer) by the k3 estimate on the engine's own samples. The latter over the responses
+    that were drawn from the trainer's own weights, those of `version`; others have waited for this step."""
+    mask = batch["response_mask"].bool()
+    lengths = mask.sum(dim=1).double()
+    metrics = {
+        "rollout/response_length_mean": lengths.mean().item(),
+        "rollout/response_length_max": lengths.max().item(),
+        "rollout/truncated": (lengths >= max_response_length).double().mean().item(),
+    }
+    metrics["rollout/weight_version"] = batch["weight_version"].double().mean().item()
+    mask = mask & (batch["weight_version"] == version)[:, None]
+    if "old_log_probs" in batch and mask.any():
+        rollout, trainer = (batch[name][mask].double() for name in ("rollout_log_probs", "old_log_probs"))
+        metrics["rollout/log_prob_diff_mean"] = (trainer - rollout).abs().mean().item()
+        metrics["rollout/log_prob_diff_max"] = (trainer - rollout).abs().max().item()
+        metrics["rollout/mismatch_kl"] = k3(rollout, trainer).mean().item()
+    return metrics
+
+
+def warn_of_mismatch(metrics: dict[str, float], sampling: RolloutConfig) -> None:
+    """Warn where the engine samples from another policy than the trainer trains.
+
+    Top-p alone makes the KL -log of the mass that it keeps, at most -log(top_p). What top-k and `ignore_eos` leave out
+    has no such bound, so nothing is said with those.
+    """
+    mismatch = metrics.get("rollout/mismatch_kl", 0.0)
+    bounded = sampling.top_k <= 0 and not sampling.ignore_eos
+    if bounded and mismatch > LARGE_MISMATCH - math.log(sampling.top_p):
+        logger.warning(
+            "rollout engine and trainer disagree: KL %.3g nats per token, |difference of log-probs| up to %.3g "
+            "(weights version %d). The gradient is then off-policy",
+            mismatch,
+            metrics["rollout/log_prob_diff_max"],
+            metrics["rollout/weight_version"],
+        )
 
 
 def samples(batch: DataProto, inputs: list[RewardInput], outcomes: list[Outcome], count: int) -> list[dict[str, Any]]:
@@ -117,13 +241,14 @@ def samples(batch: DataProto, inputs: list[RewardInput], outcomes: list[Outcome]
     return records
 
 
-def throughput(batch: DataProto, timings: Timings) -> dict[str, float]:
-    """Tokens per second; every token counts once, however many passes it takes."""
-    tokens = batch["attention_mask"].sum().item()
+def speed(batch: DataProto, timings: Timings) -> dict[str, float]:
+    """Seconds per phase, and tokens per second; every token counts once, however many passes it takes."""
+    seconds, tokens = timings.seconds, batch["attention_mask"].sum().item()
     counted = {"": ("step", tokens), "generated_": ("rollout", batch["response_mask"].sum().item())}
     counted["update_"] = ("update", tokens)
-    return {
-        f"perf/{name}tokens_per_second": count / timings.seconds[phase]
+    rates = {
+        f"perf/{name}tokens_per_second": count / seconds[phase]
         for name, (phase, count) in counted.items()
-        if phase in timings.seconds
+        if phase in seconds
     }
+    return {f"timing_s/{phase}": value for phase, value in seconds.items()} | rates

@@ -2,86 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
 
-from verl.config.algorithm import ViewConfig
-from verl.data.thumbnails import thumbnails
+from verl.data.thumbnails import thumbnails, views_to_show
 from verl.protocol import DataProto
-from verl.tracking import Row
+from verl.tracking import Row, Trackers
 from verl.trainer.collect import reward_inputs
-from verl.trainer.run import Run
+from verl.trainer.plan import Plan
+from verl.trainer.run_dir import RunDir
 from verl.trainer.step import samples
+from verl.trainer.workers import Workers
 from verl.workers.reward.base import Outcome, RewardInput
 from verl.workers.rollout.base import validation_sampling
 
 
-@dataclass
 class Validation:
-    """`metrics` are `val/*`, `samples` records for samples.jsonl, `generations` rows for trackers' tables."""
+    """Validates the current policy. Samples go to the run's folder, and generations with thumbnails, the first response
+    to each of the first `trainer.val_generations_to_log` prompts, to trackers that can show them."""
 
-    metrics: dict[str, float] = field(default_factory=dict)
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    generations: list[Row] = field(default_factory=list)
+    def __init__(self, plan: Plan, workers: Workers, run_dir: RunDir, trackers: Trackers) -> None:
+        self.plan = plan
+        self.workers = workers
+        self.run_dir = run_dir
+        self.trackers = trackers
+        self.shown = plan.config.trainer.val_generations_to_log if trackers.show_generations else 0
+        views = plan.config.algorithm.views
+        self.views = views_to_show({v: views[v] for v in plan.requirements.views}) if self.shown else {}
 
+    def run(self, step: int) -> dict[str, float]:
+        """`val/*`: means over all responses that were graded, k for each prompt, with the same seeds each time.
 
-def validate(
-    run: Run, loader: StatefulDataLoader, step: int, views: Mapping[str, ViewConfig], generations: int
-) -> Validation:
-    """Means over all responses that were graded, k for each prompt, with the same seeds each time.
+        Args:
+            step: The last one that is done.
+        """
+        config, loader = self.plan.config, self.plan.val_loader
+        totals: dict[str, float] = {}
+        count = graded = length = 0
+        records: list[dict[str, Any]] = []
+        generations: list[Row] = []
+        copies = config.worker.rollout.val_override_config.n or config.worker.rollout.n
+        self.workers.reward.begin(len(loader.dataset) * copies)
+        try:
+            for prompts in tqdm(loader, desc="validating", unit="batch", leave=False):
+                batch, inputs, outcomes = self._answer(prompts)
+                for score in (outcome.score for outcome in outcomes if outcome.score is not None):
+                    for name, value in score.items():
+                        totals[name] = totals.get(name, 0.0) + value
+                    graded += 1
+                count += len(outcomes)
+                length += int(batch["response_mask"].sum())
+                records = records or samples(batch, inputs, outcomes, config.trainer.samples_per_step)
+                first = batch.rows(slice(0, None, copies)), inputs[::copies], outcomes[::copies]
+                generations += self._rows(prompts, *first, self.shown - len(generations))
+        finally:
+            self.run_dir.add_failures(step, self.workers.reward.take_failures())
+        self.run_dir.add_samples(step, "val", records)
+        if generations:
+            self.trackers.log_generations(step, generations)
+        metrics = {f"val/{'reward' if name == 'overall' else name}": total / graded for name, total in totals.items()}
+        return metrics | {"val/response_length_mean": length / count, "val/failed_frac": (count - graded) / count}
 
-    Args:
-        step: the one that is done.
-        views: what the thumbnails beside the first response to each of the first `generations` prompts show.
-    """
-    found = Validation()
-    totals: dict[str, float] = {}
-    count = graded = length = 0
-    config = run.config
-    override = config.worker.rollout.val_override_config.n
-    run.workers.reward.begin(step, len(loader.dataset) * (override or config.worker.rollout.n))
-    for prompts in tqdm(loader, desc="validating", unit="batch", leave=False):
+    def _answer(self, prompts: DataProto) -> tuple[DataProto, list[RewardInput], list[Outcome]]:
+        """Responses to the prompts, side by side, and their grading."""
+        workers, config = self.workers, self.plan.config
         sampling = validation_sampling(config.worker.rollout, config.data.max_response_length, list(prompts["uid"]))
-        responses = run.workers.rollout.result(run.workers.rollout.generate(prompts, sampling))
-        n = sampling[0].n
-        batch = prompts.select(["uid", "problem", "answer", "prompt_ids"]).repeat_interleave(n)
+        responses = workers.rollout.result(workers.rollout.generate(prompts, sampling))
+        batch = prompts.select(["uid", "problem", "answer", "prompt_ids"]).repeat_interleave(sampling[0].n)
         batch = batch.with_columns(dict(responses.tensors.items()))
-        inputs = reward_inputs(run.vision, batch)
-        outcomes = run.workers.reward.result(run.workers.reward.start(inputs))
-        for score in (outcome.score for outcome in outcomes if outcome.score is not None):
-            for name, value in score.items():
-                totals[name] = totals.get(name, 0.0) + value
-            graded += 1
-        count += len(outcomes)
-        length += int(batch["response_mask"].sum())
-        if not found.samples:
-            found.samples = samples(batch, inputs, outcomes, config.trainer.samples_per_step)
-        wanted = generations - len(found.generations)
-        first = batch.rows(slice(0, None, n)), inputs[::n], outcomes[::n]
-        found.generations += generation_rows(run, prompts, *first, views, wanted)
-    found.metrics = {f"val/{'reward' if name == 'overall' else name}": total / graded for name, total in totals.items()}
-    found.metrics["val/response_length_mean"] = length / count
-    found.metrics["val/failed_frac"] = (count - graded) / count
-    return found
+        inputs = reward_inputs(self.plan.vision, batch)
+        return batch, inputs, workers.reward.result(workers.reward.start(inputs))
+
+    def _rows(
+        self, prompts: DataProto, batch: DataProto, inputs: list[RewardInput], outcomes: list[Outcome], count: int
+    ) -> list[Row]:
+        """The first `count` responses, one to each of the `prompts`, as rows of a table with thumbnails."""
+        rows = []
+        for record, images in zip(samples(batch, inputs, outcomes, count), prompts["images"], strict=False):
+            score = record.pop("score")
+            seed = self.plan.config.trainer.seed
+            pictures = thumbnails(record["uid"], images, self.views, self.plan.vision, seed)
+            rows.append({**record, **{f"score/{name}": value for name, value in score.items()}, **pictures})
+        return rows
 
 
-def generation_rows(
-    run: Run,
-    prompts: DataProto,
-    batch: DataProto,
-    inputs: list[RewardInput],
-    outcomes: list[Outcome],
-    views: Mapping[str, ViewConfig],
-    count: int,
-) -> list[Row]:
-    """The first `count` responses, one to each of the `prompts`, as rows of a table with thumbnails."""
-    rows = []
-    for record, images in zip(samples(batch, inputs, outcomes, count), prompts["images"], strict=False):
-        score = record.pop("score")
-        pictures = thumbnails(record["uid"], images, views, run.vision, run.config.trainer.seed)
-        rows.append({**record, **{f"score/{name}": value for name, value in score.items()}, **pictures})
-    return rows
+def for_summary(metrics: dict[str, float], when: str = "") -> dict[str, float]:
+    """Accuracy and reward of a validation. A reward function need not have a component `accuracy`."""
+    suffix = when and f"_{when}"
+    names = ("accuracy", "reward")
+    return {f"val_{name}{suffix}": metrics[f"val/{name}"] for name in names if f"val/{name}" in metrics}

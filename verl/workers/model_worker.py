@@ -16,11 +16,12 @@ from verl.algorithms.losses.compose import build_terms
 from verl.algorithms.requirements import requirements_of
 from verl.checkpoint.files import FileEntry, first_line
 from verl.checkpoint.tensors import SaveFailed
+from verl.columns import ORIGINAL
 from verl.config.config import Config
+from verl.config.sizes import compute_sizes
 from verl.config.worker import FSDPConfig, LoRAConfig, ModelConfig
 from verl.data.vision import load_special_tokens
 from verl.metrics.bag import MetricBag
-from verl.models.forward import ORIGINAL
 from verl.models.loading import resolve_dtype
 from verl.models.lora import adapter_off
 from verl.models.policy import PolicyModel
@@ -127,16 +128,16 @@ class PolicyWorker(ModelWorker):
         """Load and shard the model, weights in `dtype`. All ranks call this together."""
         special = load_special_tokens(model.model_path, model.trust_remote_code)
         chunk = self.config.worker.actor.logits_chunk_size
-        wrap = partial(PolicyModel, banned=special.banned, logits_chunk_size=chunk)
+        temperature = self.config.worker.rollout.temperature
+        wrap = partial(PolicyModel, banned=special.banned, temperature=temperature, logits_chunk_size=chunk)
         self.policy = build_sharded(model, fsdp, wrap, self.device, dtype)
 
     def compute_log_probs(self, batch: DataProto, view: str) -> DataProto:
         """`log_probs` [B, R] of this rank's rows under `view`, without gradient."""
         size = self.config.worker.actor.micro_batch_size_per_device_for_experience
-        temperature = self.config.worker.rollout.temperature
         keys = ("worker.actor.micro_batch_size_per_device_for_experience", "worker.actor.logits_chunk_size")
         with naming_keys("the log-probs", self.settings(*keys)):
-            log_probs = compute_log_probs(self.policy, batch, view, temperature, size, self.device)
+            log_probs = compute_log_probs(self.policy, batch, view, size, self.device)
         self.free_cache()
         return DataProto.from_dict({"log_probs": log_probs})
 
@@ -205,14 +206,12 @@ class ActorWorker(PolicyWorker):
         terms = build_terms(algorithm.terms)
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
         optimizer = build_optimizer(trainable, actor.optim)
-        requirements = requirements_of(algorithm)
         self.actor = DataParallelActor(
             policy=self.policy,
             optimizer=optimizer,
             schedule=build_schedule(optimizer, actor.optim, total_updates),
             terms=terms,
-            live_views=requirements.live_views,
-            exact=requirements.exact,
+            requirements=requirements_of(algorithm, compute_sizes(self.config).updates_per_step),
             old_log_probs=algorithm.old_log_probs,
             config=actor,
             max_response_length=self.config.data.max_response_length,
@@ -231,11 +230,8 @@ class ActorWorker(PolicyWorker):
         with adapter_off(self.policy.inner):
             return self.compute_log_probs(batch, ORIGINAL)
 
-    def update_policy(
-        self, batch: DataProto, num_mini_batches: int, step: int, total_steps: int, scale: float
-    ) -> MetricBag:
+    def update_policy(self, batch: DataProto, num_mini_batches: int, coefs: dict[str, float]) -> MetricBag:
         """All updates of one step on this rank's rows; returns its metrics."""
-        temperature = self.config.worker.rollout.temperature
         keys = (
             "micro_batch_size_per_device_for_update",
             "logits_chunk_size",
@@ -243,7 +239,7 @@ class ActorWorker(PolicyWorker):
             "fsdp.reshard_after_forward",
         )
         with naming_keys("the policy's update", self.settings(*(f"worker.actor.{key}" for key in keys))):
-            return self.actor.update_policy(batch, num_mini_batches, temperature, step, total_steps, scale)
+            return self.actor.update_policy(batch, num_mini_batches, coefs)
 
     def send_through(self, carrier: str) -> tuple[str, int] | None:
         """Prepare a carrier; where sender and receivers must meet, returns (host, port) on the sending rank."""

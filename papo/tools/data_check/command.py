@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl.config.data import DataConfig, PromptTruncation
+from verl.config.option import check_options
 from verl.utils.files import atomic_path
 from verl.utils.process import LOG_FORMAT, quiet_libraries
 
@@ -100,7 +101,7 @@ def data_config(overrides: list[str]) -> DataConfig:
     except OmegaConfBaseException as error:
         known = ", ".join(field.name for field in fields(DataConfig))
         raise ValueError(f"{' '.join(overrides)}: {error.msg.splitlines()[0]}; keys are {known}") from error
-    config.check()
+    check_options(config, "data")
     return config
 
 

@@ -56,8 +56,9 @@ class Case:
     @cached_property
     def requirements(self) -> Requirements:
         from verl.algorithms.requirements import requirements_of
+        from verl.config.sizes import compute_sizes
 
-        return requirements_of(self.config.algorithm)
+        return requirements_of(self.config.algorithm, compute_sizes(self.config).updates_per_step)
 
 
 def load_hf_config(model_path: str, config: Config) -> Any:
@@ -65,7 +66,7 @@ def load_hf_config(model_path: str, config: Config) -> Any:
     from transformers import AutoConfig
 
     from verl.models.families import family_of
-    from verl.models.paths import check_model_path
+    from verl.utils.files import check_model_path
 
     check_model_path(model_path)
     try:

@@ -151,7 +151,6 @@ def estimate(
     config: Config,
     sizes: Sizes,
     requirements: Requirements,
-    recomputes_old: bool,
     shapes: tuple[Shape, Shape],
     device: str,
     capacity: int,
@@ -162,7 +161,6 @@ def estimate(
     """The memory of a run.
 
     Args:
-        recomputes_old: whether the old log-probs take a pass of their own.
         shapes: of the actor's and of the reference's model.
         capacity: bytes of one GPU, or on CPU of the machine.
         replicas: how many engines there are.
@@ -171,7 +169,7 @@ def estimate(
     load = load_of(config, sizes, requirements, shapes[0], device, images, prompt)
     roles, work, away = [], {GENERATION[0]: []}, 0
     if not config.trainer.val_only:
-        roles, work = _training(config, requirements, recomputes_old, shapes, load, device)
+        roles, work = _training(config, requirements, shapes, load, device)
         away = _offloaded(config, requirements, shapes, load, device)
     trainers = {role.name for role in roles} & {"actor", "reference", "critic"}
     merged = replace(shapes[0], adapter=0)
@@ -194,7 +192,6 @@ Work = dict[str, list[tuple[str, int]]]  # phase -> (role, bytes of one rank)
 def _training(
     config: Config,
     requirements: Requirements,
-    recomputes_old: bool,
     shapes: tuple[Shape, Shape],
     load: Load,
     device: str,
@@ -204,7 +201,7 @@ def _training(
     states, gradients, step = state_terms(shape, load), gradient_terms(shape, load), optimizer_step_terms(shape, load)
     update = [*gradients, *update_terms(shape, load)]
     own_reference = requirements.reference and config.worker.actor_is_reference
-    asks = recomputes_old or requirements.stored_views or own_reference
+    asks = requirements.old_pass or requirements.stored_views or own_reference
     passes = pass_terms(shape, load, load.reshard) if asks else []
     ref_rest, ref_pass = [], []
     if requirements.reference and not own_reference:

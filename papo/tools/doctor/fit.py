@@ -79,7 +79,6 @@ def compute(case: Case, config: Config, shapes: tuple[Shape, Shape], prompt: int
     """The estimate of `config` on the machine of `case`, with prompts of `prompt` tokens. Raises ValueError where its
     sizes do not fit together."""
     from verl.single_controller.resources import plan_replicas
-    from verl.trainer.plan import recomputes_old
     from verl.workers.rollout.engines import choose_engine
 
     sizes, rollout = compute_sizes(config), config.worker.rollout
@@ -90,7 +89,6 @@ def compute(case: Case, config: Config, shapes: tuple[Shape, Shape], prompt: int
         config,
         sizes,
         case.requirements,
-        recomputes_old(config, case.requirements, sizes),
         shapes,
         case.device,
         min(gpu.memory for gpu in case.gpus) if on_gpu else main_memory(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +50,11 @@ def build_terms(configs: Mapping[str, LossTermConfig]) -> list[LossTerm]:
     return [LossTerm(name, LOSS_TERMS[config.kind], config) for name, config in configs.items()]
 
 
+def coefficients(terms: Sequence[LossTerm], step: int, total_steps: int, scale: float = 1.0) -> dict[str, float]:
+    """The coefficient of each term in step `step`, counted from 1; `scale` multiplies those of maximised terms."""
+    return {t.name: (scale if t.kind.sign < 0 else 1.0) * t.coef(step, total_steps) for t in terms}
+
+
 @dataclass(frozen=True)
 class Denominators:
     """Tokens and sequences of one whole mini-batch that a term counts, over all micro-batches and ranks, and the
@@ -91,7 +96,7 @@ def compute_losses(
     average: LossAverage,
     denominators: Mapping[str, Denominators],
     metrics: MetricBag,
-    coefs: Mapping[str, float] | None = None,
+    coefs: Mapping[str, float],
 ) -> dict[str, torch.Tensor]:
     """Each term's signed, weighted share of the loss, as name -> scalar; the loss is their sum.
 
@@ -103,7 +108,7 @@ def compute_losses(
         columns: what the terms read.
         mask: [B, T].
         denominators: of each term, by its name.
-        coefs: coefficients in this step, by name; by default those of the config.
+        coefs: Coefficients in this step, by name.
     """
     losses = {}
     columns = {**columns, "response_mask": mask}
@@ -122,6 +127,5 @@ def compute_losses(
             metrics.add_tokens(f"actor/{name}", values.detach(), mask)
         if term.config.coef != 0:
             share = reduce_values(output.values, mask, term.counted(columns), average, denominators[term.name])
-            coef = term.config.coef if coefs is None else coefs[term.name]
-            losses[term.name] = term.kind.sign * coef * share
+            losses[term.name] = term.kind.sign * coefs[term.name] * share
     return losses

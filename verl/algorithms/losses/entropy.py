@@ -10,6 +10,7 @@ import torch
 from verl.algorithms.losses.term import Columns, loss_term, only_view_rows
 from verl.columns import view_column
 from verl.config.algorithm import LossTermConfig
+from verl.config.option import option
 
 
 class EntropyEstimator(StrEnum):
@@ -21,11 +22,11 @@ class EntropyEstimator(StrEnum):
 
 @dataclass
 class EntropyTermConfig(LossTermConfig):
-    """`view`: empty for the policy as it sees the image, else the name of a view."""
+    """Coefficient eta."""
 
     kind: str = "entropy"
-    view: str = ""
-    estimator: EntropyEstimator = EntropyEstimator.sampled
+    view: str = option("", "name of a view; empty: the policy given the image")
+    estimator: EntropyEstimator = option(EntropyEstimator.sampled, "sampled (-log pi of the tokens) or full")
 
 
 def _column(config: EntropyTermConfig) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from verl.algorithms.losses.term import Columns, TermOutput, loss_term
 from verl.config.algorithm import LossTermConfig, Truncation
+from verl.config.option import option
 
 # exp(20) is the largest ratio that a float32 sum of a batch survives; a policy that far away is clipped anyway.
 MAX_LOG_RATIO = 20.0
@@ -16,25 +17,13 @@ MAX_LOG_RATIO = 20.0
 
 @dataclass
 class ClipTermConfig(LossTermConfig):
-    """Clip range [1 - clip_ratio_low, 1 + clip_ratio_high] of a ratio pi / pi_old.
+    """Clip range of a ratio pi / pi_old. `tis`: see `rollout_weight`."""
 
-    `tis`: truncated importance sampling, see `rollout_weight`.
-    """
-
-    coef: float = 1.0
-    tis: Truncation = Truncation.off
-    tis_cap: float = 2.0
-    clip_ratio_low: float = 0.2
-    clip_ratio_high: float = 0.3
-
-    def check(self, key: str) -> None:
-        super().check(key)
-        if not 0 <= self.clip_ratio_low <= 1:
-            raise ValueError(f"{key}.clip_ratio_low={self.clip_ratio_low}: a value from 0 to 1 is needed")
-        if self.clip_ratio_high < 0:
-            raise ValueError(f"{key}.clip_ratio_high={self.clip_ratio_high}: a value of 0 or more is needed")
-        if self.tis_cap <= 0:
-            raise ValueError(f"{key}.tis_cap={self.tis_cap}: a value above 0 is needed")
+    coef: float = option(1.0, "coefficient", least=0)
+    tis: Truncation = option(Truncation.off, "truncated importance weights, engine to trainer: off, token, sequence")
+    tis_cap: float = option(2.0, "largest such weight", above=0)
+    clip_ratio_low: float = option(0.2, "the ratio is clipped below 1 - this", least=0, most=1)
+    clip_ratio_high: float = option(0.3, "and above 1 + this", least=0)
 
 
 def clip_requires(*columns: str) -> Callable[[ClipTermConfig], tuple[str, ...]]:
@@ -90,12 +79,7 @@ class PolicyTermConfig(ClipTermConfig):
     """Clip range [1 - clip_ratio_low, 1 + clip_ratio_high]; `clip_ratio_dual` bounds the loss where A < 0."""
 
     kind: str = "policy"
-    clip_ratio_dual: float = 3.0
-
-    def check(self, key: str) -> None:
-        super().check(key)
-        if self.clip_ratio_dual <= 1:
-            raise ValueError(f"{key}.clip_ratio_dual={self.clip_ratio_dual}: a value above 1 is needed")
+    clip_ratio_dual: float = option(3.0, "bound of the loss where the advantage is negative, times it", above=1)
 
 
 @loss_term(
@@ -127,8 +111,8 @@ class GSPOTermConfig(ClipTermConfig):
     """Clip range of a sequence's ratio. It is a mean over tokens, so it moves far less than theirs do (section 5.1)."""
 
     kind: str = "gspo"
-    clip_ratio_low: float = 3e-4
-    clip_ratio_high: float = 4e-4
+    clip_ratio_low: float = option(3e-4, "a sequence's ratio is clipped below 1 - this", least=0, most=1)
+    clip_ratio_high: float = option(4e-4, "and above 1 + this", least=0)
 
 
 @loss_term(
@@ -168,8 +152,8 @@ class CISPOTermConfig(ClipTermConfig):
     here, as the paper tunes it and we know of no value that it names."""
 
     kind: str = "cispo"
-    clip_ratio_low: float = 1.0
-    clip_ratio_high: float = 4.0
+    clip_ratio_low: float = option(1.0, "the weight is clipped below 1 - this; 1: no bound", least=0, most=1)
+    clip_ratio_high: float = option(4.0, "and above 1 + this", least=0)
 
 
 @loss_term(

@@ -9,6 +9,7 @@ import torch
 from verl.algorithms.losses.estimators import k3
 from verl.algorithms.losses.term import Columns, loss_term
 from verl.config.algorithm import LossTermConfig
+from verl.config.option import option
 
 
 @dataclass
@@ -16,7 +17,7 @@ class RefKLTermConfig(LossTermConfig):
     """Coefficient beta of the KL to the reference."""
 
     kind: str = "ref_kl"
-    coef: float = 0.01
+    coef: float = option(0.01, "coefficient beta", least=0)
 
 
 @loss_term("ref_kl", RefKLTermConfig, requires=("log_probs", "ref_log_probs"))

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 
 from verl.config.worker import FSDPConfig, ModelConfig
+from verl.models.families import family_of
 from verl.models.loading import load_model, resolve_dtype
 from verl.models.lora import add_adapter
 from verl.models.policy import PolicyModel
@@ -50,7 +51,7 @@ def build_sharded(
     if model.enable_gradient_checkpointing:
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if model.freeze_vision_tower:
-        inner.model.visual.requires_grad_(False)
+        family_of(inner.config).tower(inner).requires_grad_(False)
     if model.lora.rank:
         add_adapter(inner, model.lora, model.model_path, dtype)
     wrapped = wrap(inner)

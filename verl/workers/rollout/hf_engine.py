@@ -8,8 +8,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from verl.config.config import Config
-from verl.models.families import SpecialTokens, image_spans
-from verl.models.forward import join_images
+from verl.models.families import family_of
+from verl.models.families.base import SpecialTokens
 from verl.models.loading import load_model, resolve_dtype
 from verl.protocol import DataProto
 from verl.workers.rollout.base import ENGINES, SamplingParams, in_order
@@ -33,6 +33,7 @@ class HFEngine:
             model.trust_remote_code,
         )
         self.model.to(device).eval()
+        self.family = family_of(self.model.config)
         # Whatever the folder suggests for sampling is replaced: requests alone say how to sample.
         self.model.generation_config = GenerationConfig(
             do_sample=True, top_k=0, eos_token_id=list(special.eos), pad_token_id=special.pad
@@ -87,23 +88,16 @@ class HFEngine:
 
     def _generate(self, prompts: DataProto, sampling: list[SamplingParams]) -> DataProto:
         """One batch of requests with the same n and max_tokens, without the padding that all rows share."""
-        for ids, inputs, uid in zip(prompts["prompt_ids"], prompts["mm_inputs"], prompts["uid"], strict=True):
-            image_spans(ids, inputs.get("image_grid_thw"), self.model.config, uid)  # raises where they disagree
+        config, images = self.model.config, list(prompts["mm_inputs"])
+        for ids, own, uid in zip(prompts["prompt_ids"], images, prompts["uid"], strict=True):
+            self.family.image_spans(ids, own, config, uid)  # raises where they disagree
         first = int(prompts["prompt_mask"].argmax(dim=1).min())
         ids = prompts["prompt_ids"][:, first:].to(self.device)
-        images = join_images(list(prompts["mm_inputs"]), self.device)
-        vision = {}
-        if images["pixel_values"] is not None:
-            vision = {
-                "pixel_values": images["pixel_values"],
-                "image_grid_thw": images["image_grid_thw"],
-                "mm_token_type_ids": (ids == self.model.config.image_token_id).int(),
-            }
         sampler = SeededSampler(sampling, self.special, self.device)
         sequences = self.model.generate(
             input_ids=ids,
             attention_mask=prompts["prompt_mask"][:, first:].to(self.device),
-            **vision,
+            **self.family.generate_arguments(ids, images, config),
             max_new_tokens=sampling[0].max_tokens,
             num_return_sequences=sampling[0].n,
             logits_processor=LogitsProcessorList([sampler]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import LogitsProcessor
 
-from verl.models.families import SpecialTokens
+from verl.models.families.base import SpecialTokens
 from verl.utils.rng import derive_seed
 from verl.workers.rollout.base import SamplingParams
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from verl.config.config import Config
-from verl.models.families import SpecialTokens, image_spans
+from verl.models.families import family_of
+from verl.models.families.base import Images, SpecialTokens
 from verl.models.loading import resolve_dtype
 from verl.protocol import DataProto
 from verl.utils.rng import derive_seed
@@ -121,9 +122,9 @@ class VLLMEngine:
         from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
 
         ids = prompts["prompt_ids"][row][prompts["prompt_mask"][row].bool()]
-        images = prompts["mm_inputs"][row]
-        hf_config = self.engine.model_config.hf_config
-        spans = image_spans(ids, images.get("image_grid_thw"), hf_config, str(prompts["uid"][row]))
+        images: Images = prompts["mm_inputs"][row]
+        config = self.engine.model_config.hf_config
+        spans = family_of(config).image_spans(ids, images, config, str(prompts["uid"][row]))
         if 0 < self.limit_images < len(spans):
             raise ValueError(
                 f"{prompts['uid'][row]}: the prompt has {len(spans)} images, more than "
@@ -131,11 +132,11 @@ class VLLMEngine:
             )
         if not spans:
             return tokens_input(ids.tolist())
-        features = BatchFeature({k: images[k] for k in ("pixel_values", "image_grid_thw")})
+        features = BatchFeature(images.tensors())
         return mm_input(
             ids.tolist(),
             MultiModalKwargsItems.from_hf_inputs(features, self.processor._get_mm_fields_config(features, {})),
-            {"image": list(images["image_ids"])},
+            {"image": list(images.digests)},
             {"image": [PlaceholderRange(offset=start, length=length) for start, length in spans]},
         )
 

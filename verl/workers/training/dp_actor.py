@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -9,17 +10,16 @@ import torch.distributed as dist
 
 from verl.algorithms.losses.compose import Denominators, LossTerm, compute_losses
 from verl.algorithms.losses.estimators import k3
-from verl.columns import view_column
-from verl.config.algorithm import OldLogProbs, ScheduleConfig
+from verl.algorithms.requirements import Requirements
+from verl.columns import ORIGINAL, view_column
+from verl.config.algorithm import OldLogProbs
 from verl.config.worker import ActorConfig
 from verl.metrics.bag import MetricBag
-from verl.models.forward import ORIGINAL, forward_views
+from verl.models.forward import forward_views
 from verl.models.policy import PolicyModel
 from verl.protocol import DataProto
 from verl.workers.training.guarded_step import GuardedStep
 
-# Columns of a batch that loss terms may read, besides those that their forward makes.
-STORED_SUFFIXES = ("log_probs", "advantages", "scores", "accuracy", "response_mask", "_rows")
 ALL = ""  # stands for all valid tokens among the denominators of the terms
 
 
@@ -28,7 +28,6 @@ def compute_log_probs(
     policy: PolicyModel,
     batch: DataProto,
     view: str,
-    temperature: float,
     micro_batch_size: int,
     device: torch.device,
 ) -> torch.Tensor:
@@ -41,10 +40,10 @@ def compute_log_probs(
             # Nothing to see, but on another rank there may be, and FSDP's collectives wait for this one: one row goes
             # through as text, and what it gives is not used.
             one = rows.rows(slice(0, 1)).with_columns({covered: torch.ones(1, dtype=torch.bool)})
-            forward_views(policy, one, [view], temperature, device)
+            forward_views(policy, one, [view], device)
             parts.append(torch.zeros(rows["response_mask"].shape))
             continue
-        parts.append(forward_views(policy, rows, [view], temperature, device).popitem()[1].float().cpu())
+        parts.append(forward_views(policy, rows, [view], device).popitem()[1].float().cpu())
     return torch.cat(parts)
 
 
@@ -65,53 +64,37 @@ class DataParallelActor:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     terms: list[LossTerm]
-    live_views: tuple[str, ...]
+    requirements: Requirements
+    old_log_probs: OldLogProbs
     config: ActorConfig
     max_response_length: int
     device: torch.device
-    exact: tuple[str, ...] = ()
-    old_log_probs: OldLogProbs = OldLogProbs.auto
     nonfinite_terms: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         limits = (self.config.max_grad_norm, self.config.max_skipped_updates)
         self.step = GuardedStep("actor", self.policy, self.optimizer, self.schedule, *limits, self.device)
 
-    def update_policy(
-        self,
-        batch: DataProto,
-        num_mini_batches: int,
-        temperature: float,
-        step: int = 1,
-        total_steps: int = 1,
-        scale: float = 1.0,
-    ) -> MetricBag:
+    def update_policy(self, batch: DataProto, num_mini_batches: int, coefs: Mapping[str, float]) -> MetricBag:
         """Clipped policy loss plus every other term; one optimizer update per mini-batch and epoch.
 
         Args:
-            batch: this rank's rows, mini-batch after mini-batch, each with equally many.
-            step: counted from 1, of `total_steps`; coefficients may follow a schedule.
-            scale: multiplies the coefficients of maximised terms, which have no end of their own.
+            batch: This rank's rows, mini-batch after mini-batch, each with equally many.
+            coefs: Coefficient of each term in this step, by name.
 
         Returns:
-            this rank's metrics, to be merged over ranks.
+            This rank's metrics, to be merged over ranks.
 
         Raises:
             RuntimeError: `max_skipped_updates` updates in a row were not finite.
         """
         self.policy.train()
         metrics = MetricBag()
-        coefs = {}
-        for term in self.terms:
-            factor = scale if term.kind.sign < 0 else 1.0
-            coefs[term.name] = factor * term.coef(step, total_steps)
-            if term.config.schedule != ScheduleConfig() or factor != 1.0:
-                metrics.add(f"actor/coef/{term.name}", coefs[term.name])
         for epoch in range(self.config.ppo_epochs):
             for number, mini_batch in enumerate(batch.chunk(num_mini_batches)):
                 denominators = self._count(mini_batch)
                 for rows in mini_batch.split(self.config.micro_batch_size_per_device_for_update):
-                    self._backward(rows, denominators, temperature, metrics, coefs, first=epoch == number == 0)
+                    self._backward(rows, denominators, metrics, coefs, first=epoch == number == 0)
                 self.step(metrics, self.nonfinite_terms)
         return metrics
 
@@ -130,15 +113,14 @@ class DataParallelActor:
         self,
         rows: DataProto,
         denominators: dict[str, Denominators],
-        temperature: float,
         metrics: MetricBag,
-        coefs: dict[str, float],
+        coefs: Mapping[str, float],
         first: bool,
     ) -> None:
         """Forward, losses and backward of one micro-batch; gradients add up in the parameters."""
-        views = [ORIGINAL, *self.live_views]
-        live = forward_views(self.policy, rows, views, temperature, self.device, self.exact)
-        stored = {n: t.to(self.device) for n, t in rows.tensors.items() if n.endswith(STORED_SUFFIXES)}
+        views = [ORIGINAL, *self.requirements.live_views]
+        live = forward_views(self.policy, rows, views, self.device, self.requirements.exact)
+        stored = {name: rows[name].to(self.device) for name in self.requirements.stored if name in rows}
         mask = stored["response_mask"]
         if "old_log_probs" not in stored:
             from_rollout = self.old_log_probs == OldLogProbs.rollout

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 
 from verl.algorithms.losses.compose import Denominators, reduce_values
 from verl.algorithms.losses.value import value_loss
+from verl.columns import TOKENS
 from verl.config.worker import CriticConfig
 from verl.metrics.bag import MetricBag
-from verl.models.forward import TOKENS, model_inputs
+from verl.models.forward import model_inputs
 from verl.models.value import ValueModel
 from verl.protocol import DataProto
 from verl.workers.training.guarded_step import GuardedStep

@@ -1,24 +1,145 @@
-"""Where a run goes on: the newest whole checkpoint of its folder, or the one that is named."""
+"""Checkpoints of a run: saving them while training goes on, and finding and restoring the one a run goes on from.
+
+A save that fails leaves the checkpoints before it as they are, and training goes on.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import shutil
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 from omegaconf import OmegaConf
 
-from verl.checkpoint.files import BrokenCheckpoint, load_plain, verify
+from verl.checkpoint.files import BrokenCheckpoint, load_plain, save_plain, verify
 from verl.checkpoint.folder import CheckpointFolder
+from verl.checkpoint.tensors import SaveFailed
 from verl.config.config import Config
+from verl.single_controller.worker_group import WorkerGroup
 from verl.tracking.run_info import settings
-from verl.trainer.checkpointer import STATE
-from verl.trainer.progress import Driver
+from verl.trainer.state import TrainState
+from verl.trainer.workers import Workers
 
 logger = logging.getLogger(__name__)
+
+STATE = "trainer.pt"
+
+
+@dataclass
+class Save:
+    """A checkpoint that is being written."""
+
+    step: int
+    best_step: int | None
+    started: float
+
+
+class Checkpointer:
+    """Writes the run's checkpoints, one at a time. With `trainer.async_save` a save goes on beside training, until
+    `poll` or the next save finds its end."""
+
+    def __init__(self, config: Config, workers: Workers, state: TrainState) -> None:
+        self.folder = checkpoints_of(config)
+        self.config, self.workers, self.state = config, workers, state
+        groups = {"actor": workers.actor, "critic": workers.critic}
+        self.groups: dict[str, WorkerGroup] = {role: group for role, group in groups.items() if group is not None}
+        self.pending: Save | None = None
+        self.failure = ""  # of the last save
+
+    def driver_state(self) -> dict[str, Any]:
+        """What trainer.pt holds."""
+        return {**self.state.state_dict(), "weight_version": self.workers.rollout.version}
+
+    def save_once(self, state: dict[str, Any]) -> None:
+        """As `save`, unless there is a checkpoint of that step."""
+        self.finish()
+        if not os.path.exists(self.folder.checkpoint(state["step"])):
+            self.save(state)
+
+    def save(self, state: dict[str, Any] | None = None) -> None:
+        """Begin a checkpoint of the step that is done, after the end of the one before.
+
+        Args:
+            state: What trainer.pt holds, where that is not the state of now.
+        """
+        self.finish()
+        trainer, state = self.config.trainer, state or self.driver_state()
+        step = state["step"]
+        self.pending = Save(step, state["best_step"], time.perf_counter())
+        try:
+            path = self.folder.begin(step)
+            for role in self.groups:
+                os.mkdir(os.path.join(path, role))
+            save_plain(os.path.join(path, STATE), state)
+        except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a full disk
+            self._fail([str(error)])
+            return
+        for role, group in self.groups.items():
+            group.start_save(os.path.join(path, role), not trainer.save_model_only, trainer.async_save)
+        if not trainer.async_save:
+            self.finish()
+
+    def poll(self) -> None:
+        """Make the checkpoint that is being written the newest one, where all have written their part."""
+        if self.pending is not None and all(group.save_is_done() for group in self.groups.values()):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, and make it the newest one."""
+        if self.pending is None:
+            return
+        files, reasons = {}, []
+        for role, group in self.groups.items():
+            written, failed = group.finish_save()
+            files |= {f"{role}/{name}": entry for name, entry in written.items()}
+            reasons += [f"{role}, {reason}" for reason in failed]
+        if reasons:
+            self._fail(reasons)
+            return
+        pending, trainer = self.pending, self.config.trainer
+        about = {
+            "step": pending.step,
+            "world_size": self.workers.actor.size,
+            "model_only": trainer.save_model_only,
+            "config": settings(self.config),
+        }
+        try:
+            path = self.folder.commit(pending.step, about, files)
+        except OSError as error:
+            self._fail([str(error)])
+            return
+        self.pending, self.failure = None, ""
+        logger.info("saved %s (%.1f s)", path, time.perf_counter() - pending.started)
+        self.folder.prune(trainer.save_limit, keep={pending.best_step} - {None})
+
+    def close(self) -> None:
+        """Wait for the last save. Raises SaveFailed where it failed: the run would end without its last steps."""
+        self.finish()
+        if self.failure:
+            raise SaveFailed(self.failure)
+
+    def rescue(self) -> None:
+        """After an error in training: what is being written becomes a checkpoint, where its writers are still there."""
+        try:
+            self.finish()
+        except ray.exceptions.RayError as error:
+            logger.warning("the checkpoint of step %d is lost with its writers: %s", self.pending.step, error)
+
+    def _fail(self, reasons: list[str]) -> None:
+        step, self.pending = self.pending.step, None
+        self.folder.abandon(step)
+        free = shutil.disk_usage(os.path.dirname(self.folder.path)).free
+        self.failure = (
+            f"the checkpoint of step {step} could not be saved in {self.folder.path} ({free / 2**30:.1f} GiB free): "
+            f"{'; '.join(reasons)}. Newest whole checkpoint: {self.folder.latest() or 'none'}"
+        )
+        logger.error("%s. Training goes on; the next save tries again", self.failure)
+
 
 AUTO, NEVER = "auto", "never"
 
@@ -124,9 +245,8 @@ def set_aside_later(point: ResumePoint, config: Config) -> None:
             logger.warning("the checkpoint of step %d is not gone on from and is now %s", step, folder.set_aside(step))
 
 
-def restore(point: ResumePoint, driver: Driver) -> None:
+def restore(point: ResumePoint, config: Config, workers: Workers, state: TrainState) -> None:
     """Bring workers, driver and engines to where the checkpoint was saved. Raises ResumeError where it does not fit."""
-    workers = driver.run.workers
     try:
         for role, group in (("actor", workers.actor), ("critic", workers.critic)):
             if group is not None:
@@ -135,7 +255,9 @@ def restore(point: ResumePoint, driver: Driver) -> None:
         if isinstance(error.cause, ValueError):
             raise ResumeError(str(error.cause)) from error
         raise
-    driver.load_state_dict(point.state, set(point.changed))
+    state.load_state_dict(point.state, config, set(point.changed))
+    # The engines have not got these weights yet: the sync that follows brings them to this version.
+    workers.rollout.version = point.state["weight_version"] - 1
     workers.rollout.sleep()
     workers.rollout.sync_weights(workers.actor)
 
