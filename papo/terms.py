@@ -44,7 +44,18 @@ def _requires(config: PerceptionKLConfig) -> tuple[str, ...]:
 
 def _counted(config: PerceptionKLConfig, columns: Columns) -> torch.Tensor:
     """[B] how many tokens of each response count."""
-    return torch.ceil(columns["response_mask"].sum(-1).double() * config.top_fraction).long()
+    return count_of(columns["response_mask"], config.top_fraction)
+
+
+def count_of(mask: torch.Tensor, fraction: float) -> torch.Tensor:
+    """[B] the number of tokens, rounded up, that are `fraction` of each response of `mask` [B, T]."""
+    return torch.ceil(mask.sum(-1).double() * fraction).long()
+
+
+def largest_tokens(values: torch.Tensor, mask: torch.Tensor, fraction: float) -> torch.Tensor:
+    """[B, T] bool: the share `fraction` of each response's tokens with the largest `values`, the earlier of equals."""
+    order = values.masked_fill(mask == 0, float("-inf")).argsort(dim=-1, descending=True, stable=True)
+    return order.argsort(dim=-1) < count_of(mask, fraction)[:, None]
 
 
 @loss_term("perception_kl", PerceptionKLConfig, requires=_requires, maximize=True, counted=_counted)
@@ -62,10 +73,9 @@ def perception_kl(columns: Columns, config: PerceptionKLConfig) -> torch.Tensor:
     if config.cap is not None:
         values = torch.clamp(values, max=config.cap)
     if config.top_fraction < 1:
-        mask = columns["response_mask"]
-        ranked = values.detach().masked_fill(mask == 0, float("-inf")).argsort(dim=-1, descending=True, stable=True)
-        rank = ranked.argsort(dim=-1)
-        values = torch.where(rank < _counted(config, columns)[:, None], values, 0.0)
+        values = torch.where(
+            largest_tokens(values.detach(), columns["response_mask"], config.top_fraction), values, 0.0
+        )
     if config.incorrect_weight != 1:
         values = values * torch.where(columns["accuracy"] > 0.5, 1.0, config.incorrect_weight)[:, None]
     return only_view_rows(values, columns, config.view)

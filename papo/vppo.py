@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from papo.terms import largest_tokens
 from verl.algorithms.losses.estimators import k3
 from verl.algorithms.shapers import Columns, advantage_shaper
 from verl.columns import view_column
@@ -43,8 +44,7 @@ def vppo(columns: Columns, config: VPPOConfig) -> tuple[torch.Tensor, dict[str, 
     advantages = columns["advantages"]
     values = torch.where(mask, k3(columns["old_log_probs"], columns[view_column(config.view, "log_probs")]), 0.0)
     lengths = mask.sum(-1)
-    order = values.masked_fill(~mask, float("-inf")).argsort(dim=-1, descending=True, stable=True)
-    chosen = order.argsort(dim=-1) < torch.ceil(lengths.double() * config.top_fraction)[:, None]
+    chosen = largest_tokens(values, mask, config.top_fraction)
 
     scale = torch.ones(len(values), dtype=torch.float64)
     dependency = values.double().sum(-1) / lengths.clamp(min=1)

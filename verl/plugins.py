@@ -7,6 +7,7 @@ import logging
 import os
 
 from verl.utils.imports import import_file
+from verl.utils.process import WITHOUT_MODEL, quiet_libraries
 
 logger = logging.getLogger(__name__)
 
@@ -35,3 +36,11 @@ def load_plugins() -> None:
         if path not in _loaded:
             _loaded.add(path)
             import_file(path, named_by=f"the environment variable {ENVIRONMENT_VARIABLE}")
+
+
+def prepare_worker() -> None:
+    """The first thing in every Ray worker, before it unpickles anything: a config may hold classes of a plugin."""
+    if os.environ.get(WITHOUT_MODEL) == "1":
+        return
+    quiet_libraries()
+    load_plugins()

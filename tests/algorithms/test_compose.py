@@ -14,12 +14,14 @@ from verl.algorithms.losses.compose import (
     build_terms,
     coefficients,
     compute_losses,
+    moving,
     reduce_values,
 )
 from verl.algorithms.losses.entropy import EntropyTermConfig
+from verl.algorithms.losses.policy import PolicyTermConfig
 from verl.algorithms.losses.sft import SFTTermConfig
 from verl.algorithms.losses.term import LOSS_TERMS, TermKind
-from verl.config.algorithm import LossAverage, LossTermConfig
+from verl.config.algorithm import LossAverage, LossTermConfig, ScheduleConfig
 from verl.metrics.bag import MetricBag
 
 MAX_LENGTH = 20  # wider than any batch here: the constant is the config's, not the padding's
@@ -145,6 +147,14 @@ def test_coefficients_of_the_step_replace_those_of_the_config():
     full = compute_losses(*arguments, MetricBag(), as_configured(terms))["sharpen"]
     fifth = compute_losses(*arguments, MetricBag(), {"sharpen": 0.1})["sharpen"]
     assert fifth.item() == pytest.approx(full.item() / 5)
+
+
+def test_coefficients_follow_schedule_and_scale_and_are_shown_where_they_move():
+    ramp = ScheduleConfig(warmup_steps=3)
+    terms = build_terms({"policy": PolicyTermConfig(coef=2.0, schedule=ramp), "kl": PerceptionKLConfig(coef=0.8)})
+    assert coefficients(terms, 2, 9) == {"policy": 1.0, "kl": 0.8}
+    assert moving(terms, coefficients(terms, 2, 9)) == {"actor/coef/policy": 1.0}
+    assert moving(terms, coefficients(terms, 9, 9, scale=0.25)) == {"actor/coef/policy": 2.0, "actor/coef/kl": 0.2}
 
 
 def test_a_term_that_reduces_is_refused_by_name():

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from papo.cli import main
-from papo.tools.data_check.answers import doubt
-from papo.tools.data_check.histogram import draw
+from papo.tools.data_check.look import doubt
+from papo.tools.data_check.report import draw
 from tests.fakes.rows import row, write_parquet
 
 PIXELS = ["min_pixels=784", "data.max_pixels=12544"]

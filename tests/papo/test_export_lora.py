@@ -41,7 +41,7 @@ def run(assets, tmp_path_factory) -> tuple[Path, torch.Tensor]:
     inner.config.save_pretrained(actor / "huggingface")
     AutoProcessor.from_pretrained(assets / "model").save_pretrained(actor / "huggingface")
     with process_group():
-        write_tensors(str(actor), model_tensors(PolicyModel(inner, [], 8)))
+        write_tensors(str(actor), model_tensors(PolicyModel(inner, [], 1.0, 8)))
     algorithm = {"adv_estimator": "grpo", "terms": {"policy": {"kind": "policy", "coef": 1.0}}, "views": {}}
     settings = {
         "worker": {"actor": {"model": {"model_path": "org/base", "lora": asdict(lora)}}},

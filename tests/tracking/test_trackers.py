@@ -11,13 +11,14 @@ import sys
 import pytest
 from PIL import Image
 
+from papo.terms import PerceptionKLConfig
 from tests.conftest import REPOSITORY
 from tests.fakes.pins import setup_values
 from verl.config.config import Config
 from verl.config.worker import RewardFunctionConfig
 from verl.tracking import TRACKERS, Tracker, Trackers, check_trackers
-from verl.tracking.registry import is_installed
 from verl.tracking.run_info import flat_settings, read_run_id, settings, write_run_id
+from verl.tracking.trackers import is_installed
 from verl.trainer.run_dir import RunDir
 
 PACKAGED = [name for name in TRACKERS if TRACKERS[name].package]
@@ -59,7 +60,7 @@ def run(name: str, folder, succeeded: bool = True) -> None:
     tracker = TRACKERS[name](str(folder), config(name))
     tracker.log(0, {"val/accuracy": 0.25})
     tracker.log_generations(1, ROWS)
-    tracker.log(1, {"actor/pull/entropy": 0.5, "val/accuracy": 0.5, "actor/odd": math.nan})
+    tracker.log(1, {"actor/grad_per_token/entropy": 0.5, "val/accuracy": 0.5, "actor/odd": math.nan})
     tracker.close(succeeded)
 
 
@@ -68,13 +69,15 @@ def test_jsonl_holds_one_object_per_step_and_no_nan(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [
         {"step": 0, "val/accuracy": 0.25},
-        {"step": 1, "actor/odd": None, "actor/pull/entropy": 0.5, "val/accuracy": 0.5},
+        {"step": 1, "actor/odd": None, "actor/grad_per_token/entropy": 0.5, "val/accuracy": 0.5},
     ]
 
 
 def test_console_shows_a_line_per_step(tmp_path, capsys):
-    TRACKERS["console"](str(tmp_path), config()).log(7, {"train/reward": 0.5, "actor/perception_kl": 0.12345, "x": 1})
-    assert capsys.readouterr().out.split() == ["step", "7", "reward", "0.500", "perc_kl", "0.1235"]
+    built = config()
+    built.algorithm.terms["perception_kl"] = PerceptionKLConfig()
+    TRACKERS["console"](str(tmp_path), built).log(7, {"train/reward": 0.5, "actor/perception_kl": 0.12345, "x": 1})
+    assert capsys.readouterr().out.split() == ["step", "7", "reward", "0.500", "perception_kl", "0.1235"]
 
 
 @needs("tensorboard")
@@ -86,7 +89,7 @@ def test_tensorboard_reads_its_own_files_back(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("val/accuracy")] == [(0, 0.25), (1, 0.5)]
-    assert [e.value for e in events.Scalars("actor/pull/entropy")] == [0.5]
+    assert [e.value for e in events.Scalars("actor/grad_per_token/entropy")] == [0.5]
     assert set(events.Tags()["images"]) == {"val_generations/0/image", "val_generations/0/masked"}
     (picture,) = events.Images("val_generations/0/masked")
     assert (picture.step, picture.width, picture.height) == (1, 56, 28)

@@ -95,7 +95,7 @@ def test_two_steps(built, assets, name):
     for result in results:
         assert all(map(math.isfinite, result.values()))
         assert result["actor/grad_norm"] > 0 and result["actor/skipped_frac"] == 0
-        assert result["actor/pull/policy"] > 0
+        assert result["actor/grad_per_token/policy"] > 0
         assert result["train/reward"] > 0 and 0 <= result["reward/failed_frac"] < 0.9
     first, last = results
     newer = last["rollout/weight_version"] - first["rollout/weight_version"]

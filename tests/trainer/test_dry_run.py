@@ -15,7 +15,7 @@ from verl.config.sizes import compute_sizes
 from verl.trainer.dry_run import in_small, largest_item, with_noise
 from verl.trainer.main import main
 from verl.trainer.plan import make_plan
-from verl.workers.memory import OutOfDeviceMemory, naming_keys
+from verl.workers.memory import OutOfDeviceMemory, explain_oom
 
 
 def overrides(folder, data, *more: str) -> list[str]:
@@ -142,5 +142,5 @@ def test_the_whole_of_it_from_the_command_line(assets, mixed, caplog, tmp_path, 
 
 def test_a_full_gpu_is_an_error_that_names_the_keys():
     with pytest.raises(OutOfDeviceMemory, match=r"the update \(CUDA out of memory\).*worker.actor.x=4"):
-        with naming_keys("the update", {"worker.actor.x": 4}):
+        with explain_oom("the update", {"worker.actor.x": 4}):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")

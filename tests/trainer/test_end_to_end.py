@@ -137,7 +137,7 @@ def test_a_detached_view_no_reference_one_rank_and_a_term_from_a_users_file(asse
     done = start(assets, tmp_path / "out", *overrides, *off, "trainer.save_model=false", env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = records(tmp_path / "out" / "metrics.jsonl")
-    assert 0 < first["actor/confident"] < 1 and first["actor/pull/confident"] > 0
+    assert 0 < first["actor/confident"] < 1 and first["actor/grad_per_token/confident"] > 0
     assert "actor/ref_kl" not in first and "timing_s/ref_log_probs" not in first
     assert first["timing_s/masked_log_probs"] > 0 and first["actor/perception_kl"] > 0
     assert "loss term 'masked_entropy' has coefficient 0.01 and can give no gradient" in done.stderr
@@ -159,7 +159,7 @@ def test_lora_trains_beside_a_reference_that_is_the_actor_without_its_adapter(as
     assert first["timing_s/ref_log_probs"] > 0 and first["actor/ref_kl"] < 1e-9 and second["actor/ref_kl"] > 1e-4
     for record in (first, second):  # the engine has merged weights, and the trainer adapters on top of them
         assert record["rollout/log_prob_diff_max"] < 1e-4
-        assert record["actor/skipped_frac"] == 0 and record["actor/pull/masked_entropy"] > 0
+        assert record["actor/skipped_frac"] == 0 and record["actor/grad_per_token/masked_entropy"] > 0
     saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "model")
     plain = AutoModelForImageTextToText.from_pretrained(assets / "model")
     untouched = {name: weight.clone() for name, weight in plain.state_dict().items()}

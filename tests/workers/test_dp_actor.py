@@ -222,21 +222,19 @@ def test_every_policy_loss_makes_two_updates_however_the_batch_is_cut(model, bat
     assert metrics["actor/skipped_frac"] == 0 and 0.5 < metrics["actor/tis_weight"] <= policy.tis_cap
 
 
-def test_a_schedule_scales_its_term_and_is_logged(model, batch):
+def test_a_schedule_scales_its_term(model, batch):
     ramp = ScheduleConfig(warmup_steps=3)
     scheduled = {"policy": PolicyTermConfig(coef=2.0, schedule=ramp)}
-    half, metrics = gradient(model, batch, terms=scheduled, step=2, total_steps=9)
+    half, _ = gradient(model, batch, terms=scheduled, step=2, total_steps=9)
     whole, _ = gradient(model, batch, terms={"policy": PolicyTermConfig(coef=1.0)})
     assert_same(half, whole)
-    assert metrics["actor/coef/policy"] == 1.0
 
 
 def test_a_scale_moves_maximised_terms_alone(model, batch):
     terms = {"policy": PolicyTermConfig(), "kl": PerceptionKLConfig(coef=0.8)}
-    scaled, metrics = gradient(model, batch, terms=terms, scale=0.25)
+    scaled, _ = gradient(model, batch, terms=terms, scale=0.25)
     smaller, _ = gradient(model, batch, terms={**terms, "kl": PerceptionKLConfig(coef=0.2)})
     assert_same(scaled, smaller)
-    assert metrics["actor/coef/kl"] == 0.2 and "actor/coef/policy" not in metrics
 
 
 def test_gradient_with_text_only_and_multi_image_rows(model, mixed):

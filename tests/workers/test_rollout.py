@@ -53,8 +53,8 @@ def test_log_probs_of_engine_and_trainer_agree(setup, assets, temperature):
     responses = engine.generate(prompts, requests(temperature=temperature))
     batch = join_responses(prompts, responses, 3)
     with process_group():
-        actor = build_actor(assets / "model")
-        trainer = compute_log_probs(actor.policy, batch, "", temperature, 5, actor.device)
+        actor = build_actor(assets / "model", temperature=temperature)
+        trainer = compute_log_probs(actor.policy, batch, "", 5, actor.device)
     difference = (trainer - responses["rollout_log_probs"]).abs()
     assert responses["response_mask"].sum() > 30 and difference.max() < 1e-5
 

@@ -7,11 +7,11 @@ from functools import cached_property
 from typing import Any
 
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig
+from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
 
 from verl.models.families import family_of
 from verl.models.families.base import Images, SpecialTokens
-from verl.utils.files import check_model_path
+from verl.models.loading import load_config
 
 
 class VisionProcessor:
@@ -100,15 +100,6 @@ class VisionProcessor:
         backend.no_truncation()
         backend.no_padding()
         return [len(encoding.ids) for encoding in backend.encode_batch_fast(chat_texts)]
-
-
-def load_config(model_path: str, trust_remote_code: bool = False) -> Any:
-    """The model's config. Raises FileNotFoundError or ValueError naming `worker.actor.model.model_path`."""
-    check_model_path(model_path)
-    try:
-        return AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"worker.actor.model.model_path='{model_path}': its config does not load: {error}") from error
 
 
 def load_generation_config(model_path: str) -> GenerationConfig | None:

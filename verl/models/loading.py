@@ -23,6 +23,15 @@ def resolve_dtype(dtype: ComputeDtype, device_type: str) -> torch.dtype:
     return getattr(torch, dtype.value)
 
 
+def load_config(model_path: str, trust_remote_code: bool = False) -> Any:
+    """The model's config. Raises FileNotFoundError or ValueError naming `worker.actor.model.model_path`."""
+    check_model_path(model_path)
+    try:
+        return AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the model '{model_path}' has no config.json that can be read: {error}") from error
+
+
 def load_model(
     model_path: str,
     dtype: torch.dtype,
@@ -34,10 +43,9 @@ def load_model(
 
     Raises ValueError where it does not load, naming `model_path`.
     """
-    check_model_path(model_path)
     options = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+        config = load_config(model_path, trust_remote_code)
         if not empty:
             return family_of(config).auto_class.from_pretrained(model_path, **options)
         model = outline(config, **options)

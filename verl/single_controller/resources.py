@@ -131,7 +131,7 @@ def start_ray(layout: Layout, nnodes: int = 1) -> None:
     passed_on = {n: v for n, v in os.environ.items() if n in PASSED_ON or n.startswith(PASSED_ON_PREFIXES)}
     runtime_env = {
         "env_vars": {**passed_on, "TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0"},
-        "worker_process_setup_hook": "verl.utils.process.prepare_worker",
+        "worker_process_setup_hook": "verl.plugins.prepare_worker",
     }
     options = {"logging_level": logging.ERROR, "runtime_env": runtime_env}
     if not os.environ.get("RAY_ADDRESS"):

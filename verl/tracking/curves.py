@@ -1,25 +1,20 @@
-"""curves.png: where one would rather look than read."""
+"""curves.png: metrics over the steps of a run."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from typing import Any
 
 from verl.utils.files import atomic_path
 
-# (title, [(metric, label)])
+# (title, expression that matches the whole name of each metric); the label is what it captures.
 PANELS = (
-    ("reward of training responses", [("train/reward", "reward"), ("train/accuracy", "accuracy")]),
-    ("validation accuracy", [("val/accuracy", "avg@k")]),
-    (
-        "perception KL and KL to the reference",
-        [("actor/perception_kl", "perception"), ("actor/ref_kl", "reference")],
-    ),
-    (
-        "entropy of sampled tokens",
-        [("actor/entropy", "original view"), ("actor/masked_entropy", "masked view")],
-    ),
+    ("reward of training responses", r"train/(reward|accuracy)"),
+    ("validation accuracy", r"val/(accuracy)"),
+    ("divergences", r"actor/(?!ppo_)(\w*kl)"),
+    ("entropies", r"actor/(\w*entropy)"),
 )
 SMOOTHING = 5  # steps
 
@@ -30,16 +25,18 @@ def draw_curves(metrics_path: str, picture_path: str) -> None:
 
     with open(metrics_path, encoding="utf-8") as file:
         records = [json.loads(line) for line in file]
-    panels = [(title, lines) for title, lines in PANELS if any(m in r for m, _ in lines for r in records)]
+    names = sorted({name for record in records for name in record})
+    matched = [(title, [m for m in (re.fullmatch(form, name) for name in names) if m]) for title, form in PANELS]
+    panels = [(title, matches) for title, matches in matched if matches]
     if not panels:
         return
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5.2 * columns, 3.1 * rows))
     axes = figure.subplots(rows, columns, squeeze=False)
-    for axis, (title, lines) in zip(axes.flat, panels, strict=False):
-        for metric, label in lines:
-            _draw_line(axis, records, metric, label)
+    for axis, (title, matches) in zip(axes.flat, panels, strict=False):
+        for match in matches:
+            _draw_line(axis, records, match[0], match[1])
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=9)
         axis.grid(alpha=0.25)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from verl.algorithms.advantage import ADVANTAGES
-from verl.algorithms.losses.compose import coefficients
+from verl.algorithms.losses.compose import coefficients, moving
 from verl.algorithms.losses.estimators import k3
 from verl.algorithms.requirements import Requirements
 from verl.algorithms.rewards import token_rewards
 from verl.algorithms.shapers import build_shapers
 from verl.columns import TOKENS, view_column
-from verl.config.algorithm import OldLogProbs, ScheduleConfig
+from verl.config.algorithm import OldLogProbs
 from verl.config.worker import RolloutConfig
 from verl.metrics.machine import Timings
 from verl.protocol import DataProto, check_columns
@@ -79,9 +79,7 @@ def update(plan: Plan, workers: Workers, batch: Batch, step: int, scale: float, 
             coefs = coefficients(plan.terms, step, plan.total_steps, scale)
             columns = update_columns(plan.requirements, batch.columns)
             metrics |= workers.actor.update_policy(columns, batch.mini_batches, coefs).result()
-        for term in plan.terms:
-            if term.config.schedule != ScheduleConfig() or (scale != 1.0 and term.kind.sign < 0):
-                metrics[f"actor/coef/{term.name}"] = coefs[term.name]
+        metrics |= moving(plan.terms, coefs)
     with timings("weight_sync"):
         workers.rollout.sync_weights(workers.actor)
     warn_of_mismatch(metrics, plan.config.worker.rollout)

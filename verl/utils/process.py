@@ -73,13 +73,3 @@ def lighten_transformers() -> None:
     finally:
         for name in hidden:
             del sys.modules[name]
-
-
-def prepare_worker() -> None:
-    """The first thing in every Ray worker, before it unpickles anything: a config may hold classes of a plugin."""
-    if os.environ.get(WITHOUT_MODEL) == "1":
-        return
-    from verl.plugins import load_plugins
-
-    quiet_libraries()
-    load_plugins()

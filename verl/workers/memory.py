@@ -15,7 +15,7 @@ class OutOfDeviceMemory(RuntimeError):
 
 
 @contextmanager
-def naming_keys(what: str, settings: dict[str, object]) -> Iterator[None]:
+def explain_oom(what: str, settings: dict[str, object]) -> Iterator[None]:
     """Turn a GPU's out-of-memory error in `what` into one that names `settings`, by config key."""
     try:
         yield

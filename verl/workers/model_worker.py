@@ -31,7 +31,7 @@ from verl.utils.process import prepare_gloo, start_model_worker
 from verl.workers.fsdp.checkpoint import StateWriter, load_state, model_tensors, optimizer_tensors, plain_state
 from verl.workers.fsdp.export import plain_weights, save_description, save_huggingface
 from verl.workers.fsdp.wrap import build_sharded
-from verl.workers.memory import naming_keys, peak_memory
+from verl.workers.memory import explain_oom, peak_memory
 from verl.workers.rollout.weight_sync import CARRIERS, BucketLayout, plan_buckets
 from verl.workers.training.dp_actor import DataParallelActor, compute_log_probs
 from verl.workers.training.dp_critic import DataParallelCritic
@@ -136,7 +136,7 @@ class PolicyWorker(ModelWorker):
         """`log_probs` [B, R] of this rank's rows under `view`, without gradient."""
         size = self.config.worker.actor.micro_batch_size_per_device_for_experience
         keys = ("worker.actor.micro_batch_size_per_device_for_experience", "worker.actor.logits_chunk_size")
-        with naming_keys("the log-probs", self.settings(*keys)):
+        with explain_oom("the log-probs", self.settings(*keys)):
             log_probs = compute_log_probs(self.policy, batch, view, size, self.device)
         self.free_cache()
         return DataProto.from_dict({"log_probs": log_probs})
@@ -182,7 +182,7 @@ class CriticWorker(ModelWorker):
 
     def compute_values(self, batch: DataProto) -> DataProto:
         """`values` [B, R] of this rank's rows, without gradient."""
-        with naming_keys("the values", self.settings("worker.critic.micro_batch_size_per_device_for_experience")):
+        with explain_oom("the values", self.settings("worker.critic.micro_batch_size_per_device_for_experience")):
             values = self.critic.compute_values(batch)
         self.free_cache()
         return DataProto.from_dict({"values": values})
@@ -190,7 +190,7 @@ class CriticWorker(ModelWorker):
     def update_critic(self, batch: DataProto, num_mini_batches: int) -> MetricBag:
         """All updates of one step on this rank's rows; returns its metrics."""
         keys = ("micro_batch_size_per_device_for_update", "enable_gradient_checkpointing", "fsdp.reshard_after_forward")
-        with naming_keys("the critic's update", self.settings(*(f"worker.critic.{key}" for key in keys))):
+        with explain_oom("the critic's update", self.settings(*(f"worker.critic.{key}" for key in keys))):
             metrics = self.critic.update_critic(batch, num_mini_batches)
         self.free_cache()
         return metrics
@@ -238,7 +238,7 @@ class ActorWorker(PolicyWorker):
             "model.enable_gradient_checkpointing",
             "fsdp.reshard_after_forward",
         )
-        with naming_keys("the policy's update", self.settings(*(f"worker.actor.{key}" for key in keys))):
+        with explain_oom("the policy's update", self.settings(*(f"worker.actor.{key}" for key in keys))):
             return self.actor.update_policy(batch, num_mini_batches, coefs)
 
     def send_through(self, carrier: str) -> tuple[str, int] | None:

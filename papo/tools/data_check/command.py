@@ -7,13 +7,14 @@ import json
 import logging
 import os
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from functools import partial
 from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from papo.tools.data_check import BadRow
 from verl.config.data import DataConfig, PromptTruncation
 from verl.config.option import check_options
 from verl.utils.files import atomic_path
@@ -24,17 +25,6 @@ if TYPE_CHECKING:  # transformers takes seconds, --help should not
     from verl.data.rows import PromptRows
 
 BAD_ROWS, HISTOGRAM = "bad_rows.jsonl", "prompt_lengths.png"
-
-
-@dataclass(frozen=True)
-class BadRow:
-    """A line of bad_rows.jsonl. `level` is error, where a run would stop, or warning."""
-
-    file: str
-    row: int
-    level: str
-    kind: str
-    text: str
 
 
 def add_data(commands: argparse._SubParsersAction) -> None:
@@ -58,9 +48,8 @@ def check(options: argparse.Namespace) -> None:
     """Run the checks and write what they found; exits with 1 if a row is at fault."""
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, datefmt="%H:%M:%S")
     quiet_libraries()
-    from papo.tools.data_check.histogram import draw
     from papo.tools.data_check.look import look_at
-    from papo.tools.data_check.report import report
+    from papo.tools.data_check.report import draw, report
     from verl.data.checks import row_faults
     from verl.data.rows import PromptRows
     from verl.data.scan import scan

@@ -1,4 +1,4 @@
-"""What can be seen of each row, in one pass over the data."""
+"""What `papo data check` sees of each row: its images, its tokens, and answers that no rule can grade."""
 
 from __future__ import annotations
 
@@ -8,12 +8,31 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
-from papo.tools.data_check.answers import doubt
 from verl.data.checks import Fault, image_fault
 from verl.data.images import image_size
 from verl.data.overlong import count_prompts
 from verl.data.rows import PromptRows
 from verl.data.vision import VisionProcessor
+
+LONGEST = 200  # characters
+
+
+def doubt(answer: str) -> str:
+    """Why a rule that compares the content of \\boxed{} may never find `answer` right; empty where nothing says so."""
+    depth = 0
+    for character in answer.replace("\\{", "").replace("\\}", ""):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth < 0:
+            break
+    if depth:
+        return "the braces of the answer do not balance, so no \\boxed{} can hold it"
+    if "\\boxed" in answer:
+        return "the answer holds \\boxed{} itself; rewards compare what is inside"
+    if answer.replace("\\$", "").count("$") % 2:
+        return "the answer has a dollar sign without its partner"
+    if len(answer) > LONGEST:
+        return f"the answer has {len(answer)} characters; rules compare short answers"
+    return ""
 
 
 @dataclass(frozen=True)

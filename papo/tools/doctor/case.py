@@ -1,8 +1,9 @@
-"""What checks look at: a machine and, where one is given, the config of a run."""
+"""Findings of the doctor, and the case that its checks look at: a machine and the config of a run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,50 @@ if TYPE_CHECKING:  # a broken installation must not keep the doctor from startin
     from verl.algorithms.requirements import Requirements
     from verl.config.config import Config
     from verl.data.vision import VisionProcessor
+
+
+GIB = 2**30
+
+
+class Level(StrEnum):
+    """`error`: the run will not work. `warning`: it will, worse than it could, or this could not be made sure."""
+
+    ok = "ok"
+    warning = "warning"
+    error = "error"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`topic` is a word or two, `text` one line, `fix` what to do, empty where nothing is to do."""
+
+    level: Level
+    topic: str
+    text: str
+    fix: str = ""
+
+
+def ok(topic: str, text: str) -> Finding:
+    return Finding(Level.ok, topic, text)
+
+
+def warning(topic: str, text: str, fix: str) -> Finding:
+    return Finding(Level.warning, topic, text, fix)
+
+
+def error(topic: str, text: str, fix: str = "") -> Finding:
+    return Finding(Level.error, topic, text, fix)
+
+
+def in_short(reason: BaseException) -> str:
+    """An exception in one line."""
+    lines = str(reason).strip().splitlines() or ["no message"]
+    return f"{type(reason).__name__}: {lines[0][:200]}"
+
+
+def in_gib(size: float) -> str:
+    """Bytes as one reads them."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"
 
 
 @dataclass(frozen=True)
@@ -58,20 +103,18 @@ class Case:
         from verl.algorithms.requirements import requirements_of
         from verl.config.sizes import compute_sizes
 
-        return requirements_of(self.config.algorithm, compute_sizes(self.config).updates_per_step)
+        try:
+            updates = compute_sizes(self.config).updates_per_step
+        except ValueError:
+            updates = 1  # a check of its own says what does not fit
+        return requirements_of(self.config.algorithm, updates)
 
 
 def load_hf_config(model_path: str, config: Config) -> Any:
-    """config.json of a folder or hub name. Raises ValueError or FileNotFoundError naming it."""
-    from transformers import AutoConfig
-
+    """config.json of a folder or hub name, of a supported family. Raises ValueError or FileNotFoundError naming it."""
     from verl.models.families import family_of
-    from verl.utils.files import check_model_path
+    from verl.models.loading import load_config
 
-    check_model_path(model_path)
-    try:
-        loaded = AutoConfig.from_pretrained(model_path, trust_remote_code=config.worker.actor.model.trust_remote_code)
-    except (OSError, ValueError) as reason:
-        raise ValueError(f"the model '{model_path}' has no config.json that can be read: {reason}") from reason
+    loaded = load_config(model_path, config.worker.actor.model.trust_remote_code)
     family_of(loaded)
     return loaded

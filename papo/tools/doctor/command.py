@@ -10,8 +10,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from papo.tools.doctor.case import GPU, Case
-from papo.tools.doctor.finding import GIB, Finding, Level, error, in_short, warning
+from papo.tools.doctor.case import GIB, GPU, Case, Finding, Level, error, in_short, warning
 
 if TYPE_CHECKING:
     from verl.config.config import Config

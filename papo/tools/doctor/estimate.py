@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
-from papo.tools.doctor.finding import GIB
+from papo.tools.doctor.case import GIB
 from papo.tools.doctor.memory import (
     FLOAT,
     Load,

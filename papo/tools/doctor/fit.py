@@ -6,9 +6,8 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from papo.tools.doctor.case import Case, load_hf_config
+from papo.tools.doctor.case import Case, Finding, error, in_gib, load_hf_config, ok, warning
 from papo.tools.doctor.estimate import GENERATION, Estimate, Phase, estimate
-from papo.tools.doctor.finding import Finding, error, in_gib, ok, warning
 from papo.tools.doctor.machine import RAY_ENOUGH, RAY_SHARE, SHARED_MEMORY, disk_usage, main_memory
 from papo.tools.doctor.memory import FLOAT
 from papo.tools.doctor.shape import Shape, shape_of

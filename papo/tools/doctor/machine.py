@@ -9,8 +9,8 @@ import socket
 import subprocess
 from collections.abc import Iterator
 
-from papo.tools.doctor.case import GPU, Case
-from papo.tools.doctor.finding import GIB, Finding, error, in_gib, in_short, ok, warning
+from papo.tools.doctor.case import GIB, GPU, Case, Finding, error, in_gib, in_short, ok, warning
+from verl.utils.process import usable_cores
 
 SHARED_MEMORY = "/dev/shm"
 SMALLEST_SHARED = GIB  # docker's default is 64 MiB
@@ -169,8 +169,7 @@ def check_open_files(case: Case) -> Iterator[Finding]:
 
 
 def check_memory(case: Case) -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    yield ok("main memory", f"{in_gib(main_memory())}, {cores} cores")
+    yield ok("main memory", f"{in_gib(main_memory())}, {usable_cores()} cores")
 
 
 def check_disk(case: Case) -> Iterator[Finding]:

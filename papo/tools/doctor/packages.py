@@ -9,8 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 
-from papo.tools.doctor.case import Case
-from papo.tools.doctor.finding import Finding, error, in_short, ok, warning
+from papo.tools.doctor.case import Case, Finding, error, in_short, ok, warning
 
 PROJECT = "papo-rl"
 REINSTALL = "run `bash scripts/install.sh`; if that does not help, delete .venv first"

@@ -7,7 +7,7 @@ import textwrap
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from papo.tools.doctor.finding import GIB, Finding, Level, in_gib
+from papo.tools.doctor.case import GIB, Finding, Level, in_gib
 
 if TYPE_CHECKING:
     from papo.tools.doctor.estimate import Estimate, Role

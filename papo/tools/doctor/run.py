@@ -6,8 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 
-from papo.tools.doctor.case import Case, load_hf_config
-from papo.tools.doctor.finding import Finding, error, in_gib, in_short, ok, warning
+from papo.tools.doctor.case import Case, Finding, error, in_gib, in_short, load_hf_config, ok, warning
 from papo.tools.doctor.machine import disk_usage
 from papo.tools.doctor.weights import Weights, inspect
 

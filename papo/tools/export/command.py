@@ -8,9 +8,7 @@ import os
 import sys
 
 from papo.tools.export.card import model_card
-from papo.tools.export.hub import upload
-from papo.tools.export.lora import merge_adapter, write_adapter
-from papo.tools.export.model import build_model, dtype_of, write_model
+from papo.tools.export.model import build_model, dtype_of, merge_adapter, upload, write_adapter, write_model
 from papo.tools.export.source import Source, find_source
 from verl.models.adapter_names import adapted_layers
 from verl.utils.files import atomic_path

@@ -6,9 +6,7 @@ import argparse
 import logging
 import sys
 
-from papo.tools.export.hub import upload
-from papo.tools.export.lora import merge_adapter
-from papo.tools.export.model import add_weights, build_model, dtype_of
+from papo.tools.export.model import add_weights, build_model, dtype_of, merge_adapter, upload
 from papo.tools.export.source import find_source
 from verl.utils.process import LOG_FORMAT, quiet_libraries
 

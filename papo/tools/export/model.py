@@ -1,4 +1,4 @@
-"""Weights and a config to a model, and a model to a folder."""
+"""The exported model: a transformers model from weights, an adapter from them, and the push to the hub."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+import logging
+
+from papo.tools.export.source import Source
+from verl.models.adapter_names import adapted_layers, factors, is_adapter, merge, plain_name, save_adapter
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -73,3 +77,64 @@ def add_weights(model: Any, description: str, config_too: bool) -> None:
                 os.replace(os.path.join(temporary, name), os.path.join(description, name))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def merge_adapter(weights: Mapping[str, torch.Tensor], source: Source) -> dict[str, torch.Tensor]:
+    """The weights of the model without adapters that computes the same. Without LoRA they are returned as they are."""
+    merged = {plain_name(name): weight for name, weight in weights.items() if not is_adapter(name)}
+    for layer in adapted_layers(weights):
+        lora = _settings(source)
+        up, down = (weights[name] for name in factors(layer))
+        merged[f"{layer}.weight"] = merge(merged[f"{layer}.weight"], up, down, lora["alpha"] / lora["rank"])
+    return merged
+
+
+def write_adapter(weights: Mapping[str, torch.Tensor], source: Source, dtype: torch.dtype, folder: str) -> None:
+    """Write what PeftModel.from_pretrained(MODEL, folder) reads."""
+    from peft import LoraConfig, TaskType
+
+    lora = _settings(source)
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=source.config["worker"]["actor"]["model"]["model_path"],
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        target_modules=adapted_layers(weights),
+        inference_mode=True,
+    )
+    save_adapter(config, {name: weight.to(dtype) for name, weight in weights.items() if is_adapter(name)}, folder)
+
+
+def _settings(source: Source) -> dict[str, Any]:
+    """`worker.actor.model.lora` of the run. Raises ValueError where nobody kept it."""
+    try:
+        return source.config["worker"]["actor"]["model"]["lora"]
+    except KeyError as error:
+        raise ValueError(
+            f"'{source.actor}' has an adapter, and the config in its manifest no worker.actor.model.lora: its scale "
+            "is not known"
+        ) from error
+
+
+logger = logging.getLogger(__name__)
+
+
+def upload(folder: str, repo: str) -> None:
+    """Make the private repository `repo` where there is none, and upload `folder` to it.
+
+    Raises ValueError saying what is wrong and what is already there.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"the upload to '{repo}' failed: {reason}. The folder is whole in {folder}; log in with `hf auth login`, "
+            f"then: hf upload {repo} {folder}"
+        ) from error
+    logger.info("uploaded %s to %s", folder, repo)

@@ -9,7 +9,7 @@ import torch
 
 from verl.algorithms.losses.term import LOSS_TERMS, Columns, TermKind, TermOutput
 from verl.columns import is_view_rows
-from verl.config.algorithm import LossAverage, LossTermConfig
+from verl.config.algorithm import LossAverage, LossTermConfig, ScheduleConfig
 from verl.metrics.bag import MetricBag
 
 
@@ -53,6 +53,13 @@ def build_terms(configs: Mapping[str, LossTermConfig]) -> list[LossTerm]:
 def coefficients(terms: Sequence[LossTerm], step: int, total_steps: int, scale: float = 1.0) -> dict[str, float]:
     """The coefficient of each term in step `step`, counted from 1; `scale` multiplies those of maximised terms."""
     return {t.name: (scale if t.kind.sign < 0 else 1.0) * t.coef(step, total_steps) for t in terms}
+
+
+def moving(terms: Sequence[LossTerm], coefs: Mapping[str, float]) -> dict[str, float]:
+    """`coefs` as metrics, of the terms whose coefficient has a schedule or is not that of the config."""
+    schedule = ScheduleConfig()
+    moved = (t for t in terms if t.config.schedule != schedule or coefs[t.name] != t.config.coef)
+    return {f"actor/coef/{term.name}": coefs[term.name] for term in moved}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ import torch
 
 from verl.config.algorithm import Estimator
 
+# exp(20) is the largest ratio that a float32 sum of a batch survives; a policy that far away is clipped anyway.
 MAX_LOG_RATIO = 20.0
 MAX_K3 = 10.0
 
@@ -51,8 +52,13 @@ def k3(log_probs: torch.Tensor, other_log_probs: torch.Tensor) -> torch.Tensor:
     return torch.clamp(torch.expm1(log_ratio) - log_ratio, max=MAX_K3)
 
 
+def bounded(log_ratio: torch.Tensor) -> torch.Tensor:
+    """`log_ratio`, at most 20 either way; beyond that its gradient is 0."""
+    return torch.clamp(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
 def _log_ratio(log_probs: torch.Tensor, other_log_probs: torch.Tensor) -> torch.Tensor:
-    return torch.clamp(other_log_probs - log_probs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return bounded(other_log_probs - log_probs)
 
 
 SAMPLED: dict[Estimator, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {

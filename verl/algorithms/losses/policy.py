@@ -7,12 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from verl.algorithms.losses.estimators import bounded
 from verl.algorithms.losses.term import Columns, TermOutput, loss_term
 from verl.config.algorithm import LossTermConfig, Truncation
 from verl.config.option import option
-
-# exp(20) is the largest ratio that a float32 sum of a batch survives; a policy that far away is clipped anyway.
-MAX_LOG_RATIO = 20.0
 
 
 @dataclass
@@ -67,11 +65,6 @@ def weighted(
         shown = weight.expand_as(values)
         metrics = {**metrics, "tis_weight": shown, "tis_capped": (shown >= config.tis_cap).float()}
     return TermOutput(values * weight, metrics)
-
-
-def bounded(log_ratio: torch.Tensor) -> torch.Tensor:
-    """`log_ratio`, at most 20 either way; beyond that its gradient is 0."""
-    return torch.clamp(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 @dataclass

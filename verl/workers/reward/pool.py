@@ -17,6 +17,7 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from verl.config.worker import RewardConfig, RewardType
+from verl.utils.process import usable_cores
 from verl.workers.reward.base import Failure, RewardError, RewardInput
 from verl.workers.reward.functions import Answer
 
@@ -115,8 +116,7 @@ class GraderPool:
 
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        count = config.num_workers or max(1, min(8, cores // 2))
+        count = config.num_workers or max(1, min(8, usable_cores() // 2))
         self.graders = [GraderProcess(config) for _ in range(count)]
 
     def start(self) -> dict[str, tuple[RewardType, bool]]:

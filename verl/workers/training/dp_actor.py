@@ -148,7 +148,7 @@ class DataParallelActor:
         """d loss / d log-probs [B, R] of each live column, summed over terms; term by term to see who does what.
 
         Terms are functions of the log-probs alone, so this costs a few operations per token. It shows how hard
-        each term pulls on a token (`actor/pull/<term>`: mean |d loss / d log-prob|, times the tokens of the
+        each term pulls on a token (`actor/grad_per_token/<term>`: mean |d loss / d log-prob|, times the tokens of the
         mini-batch), and lays a gradient that is not finite at a term's door before it reaches the weights.
         """
         totals = [torch.zeros_like(column) for column in live.values()]
@@ -162,6 +162,6 @@ class DataParallelActor:
             pull = sum(part.abs() for part in parts)
             if not torch.isfinite(pull).all() or not torch.isfinite(loss):
                 self.nonfinite_terms.add(name)
-            metrics.add_tokens(f"actor/pull/{name}", pull * denominators.tokens, mask)
+            metrics.add_tokens(f"actor/grad_per_token/{name}", pull * denominators.tokens, mask)
             totals = [total + part for total, part in zip(totals, parts, strict=True)]
         return totals
