@@ -1,4 +1,4 @@
-"""What `verl.plugins` calls: importing these modules registers views, loss terms, shapers and old keys."""
+"""Plugin of verl: importing these modules registers views, loss terms, shapers and old keys."""
 
 from __future__ import annotations
 

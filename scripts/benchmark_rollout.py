@@ -58,7 +58,7 @@ def main() -> None:
     prompts = PromptCollator(vision.special.pad)([data[i] for i in range(count)])
 
     start_ray(layout)
-    names = [choose_engine(name) for name in options.engines.split(",")]
+    names = [choose_engine(replace(config.worker.rollout, name=name)) for name in options.engines.split(",")]
     placement = place_ranks(layout, 1, config.trainer.cluster_timeout_s)
     actor = ActorGroup(config, layout, placement)
     actor.build(total_updates=1)

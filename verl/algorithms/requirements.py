@@ -18,7 +18,7 @@ PASSES = frozenset(made_by("passes")) - {"values"}
 
 @dataclass(frozen=True)
 class Requirements:
-    """What the terms and the advantages of a run need.
+    """Passes and columns that the terms and advantages of a run need.
 
     Attributes:
         old: Whether anything reads the old log-probs.
@@ -63,7 +63,7 @@ def required_before_updates(algorithm: AlgorithmConfig) -> dict[str, tuple[str, 
 
 
 def requirements_of(algorithm: AlgorithmConfig, updates_per_step: int) -> Requirements:
-    """What the terms and the advantages of this config need. Raises ValueError as `find_requirements` does."""
+    """The requirements of this config. Raises ValueError as `find_requirements` does."""
     terms, before = build_terms(algorithm.terms), required_before_updates(algorithm)
     return find_requirements(terms, algorithm.views, before, algorithm.old_log_probs, updates_per_step)
 

@@ -56,7 +56,7 @@ class RewardKL:
 
 
 def overlong_penalty(lengths: torch.Tensor, max_length: int, cache: int) -> torch.Tensor:
-    """What is added to the reward of a long response (DAPO's soft overlong punishment, arXiv 2503.14476, eq. 13).
+    """The penalty of a long response (DAPO's soft overlong punishment, arXiv 2503.14476, eq. 13).
 
     0 up to max_length - cache tokens, then falling linearly to -1 at max_length, and -1 beyond.
 

@@ -75,7 +75,7 @@ def write_manifest(folder: str, about: dict[str, Any], files: dict[str, FileEntr
 
 
 def read_manifest(folder: str) -> dict[str, Any]:
-    """What `write_manifest` wrote. Raises BrokenCheckpoint naming the file."""
+    """The manifest that `write_manifest` wrote. Raises BrokenCheckpoint naming the file."""
     path = os.path.join(folder, MANIFEST)
     try:
         with open(path, encoding="utf-8") as file:

@@ -42,7 +42,7 @@ class CheckpointFolder:
         return sorted((int(match[1]) for name in names if (match := NAME.fullmatch(name))), reverse=True)
 
     def latest(self) -> str | None:
-        """What `latest` names; None where there is no such file."""
+        """The checkpoint that `latest` names; None where there is no such file."""
         path = os.path.join(self.path, LATEST)
         if not os.path.isfile(path):
             return None

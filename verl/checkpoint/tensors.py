@@ -103,7 +103,7 @@ class Writer(FileSystemWriter):
 
 @dataclass(frozen=True)
 class Saved:
-    """What an index says of a tensor."""
+    """The entry of a tensor in an index."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -144,7 +144,7 @@ def read_tensors(folder: str, tensors: Mapping[str, torch.Tensor], alone: bool =
 
 
 def load_full_model(folder: str) -> dict[str, torch.Tensor]:
-    """All weights of a checkpoint's `actor` folder on CPU, under the names of the transformers model's state dict, in
+    """The weights of a checkpoint's `actor` folder on CPU, under the names of the transformers model's state dict, in
     the dtype they were saved in; a tied weight once, under its first name. For one process without a process group.
 
     Raises BrokenCheckpoint where a file is missing or damaged.

@@ -84,7 +84,7 @@ class ViewStage(StrEnum):
 
 
 class ViewPer(StrEnum):
-    """What has random numbers of its own: a prompt, whose responses then share its images, or each response."""
+    """Scope of a mask: one per prompt, shared by its responses, or one per response."""
 
     prompt = "prompt"
     response = "response"
@@ -111,7 +111,7 @@ class ViewConfig:
 
 
 class WatchdogAction(StrEnum):
-    """What follows from a sign of collapse."""
+    """Reaction to a sign of collapse."""
 
     off = "off"
     warn = "warn"
@@ -137,7 +137,7 @@ class WatchdogConfig:
 
 
 class OldLogProbs(StrEnum):
-    """Where the log-probs come from that the policy's ratio compares with.
+    """Source of the log-probs that the policy's ratio compares with.
 
     `recompute`: a pass of the trainer before the updates. `rollout`: the engine's own, without a pass; what engine
     and trainer differ by is then part of the ratio. `auto`: recompute, but where a step has one update its own

@@ -1,4 +1,4 @@
-"""From a preset's name and `key=value` overrides to the typed config."""
+"""Composition: a preset's name and `key=value` overrides become the typed config."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def compose_config(name: str, overrides: Sequence[str] = (), config_dir: str = C
 
 
 def _in_one_line(error: Exception, name: str, overrides: Sequence[str]) -> str:
-    """What does not compose, and the nearest that would. Call it inside of the config folder's context."""
+    """The mistake in one line, with the nearest correct name. Call it inside the config folder's context."""
     text = str(error)
     if group := re.search(r"Could not (?:find|override) '([\w/]*?)/?(\w+)'", text):
         place, option = group.groups()

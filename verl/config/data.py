@@ -12,7 +12,7 @@ from verl.config.option import option
 
 
 class PromptTruncation(StrEnum):
-    """What becomes of a prompt longer than `max_prompt_length`."""
+    """Treatment of a prompt longer than `max_prompt_length`."""
 
     error = "error"
     drop = "drop"
@@ -56,7 +56,7 @@ class DataConfig:
 
     @property
     def overlong(self) -> PromptTruncation:
-        """What becomes of prompts that are too long."""
+        """Treatment of prompts that are too long."""
         if self.truncation is not None:
             return self.truncation
         return PromptTruncation.drop if self.filter_overlong_prompts else PromptTruncation.error

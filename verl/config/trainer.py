@@ -9,7 +9,7 @@ from verl.config.option import option
 
 
 class Device(StrEnum):
-    """Where models run."""
+    """Device of the models."""
 
     auto = "auto"
     cpu = "cpu"
@@ -17,7 +17,7 @@ class Device(StrEnum):
 
 
 class OnSignal(StrEnum):
-    """What the first SIGTERM or SIGINT leaves of a step."""
+    """Treatment of the current step at the first SIGTERM or SIGINT."""
 
     finish_step = "finish_step"
     stop_now = "stop_now"

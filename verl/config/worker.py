@@ -24,14 +24,14 @@ class LRSchedule(StrEnum):
 
 
 class OptimStrategy(StrEnum):
-    """What weights, gradients and optimizer states are kept in."""
+    """Precision in which weights, gradients and optimizer states are stored."""
 
     adamw = "adamw"  # float32
-    adamw_bf16 = "adamw_bf16"  # bfloat16, with a third state for what the weights cannot take
+    adamw_bf16 = "adamw_bf16"  # bfloat16, with a third state for the digits that bfloat16 weights lose
 
 
 class ComputeDtype(StrEnum):
-    """Precision of forward and backward; what weights are kept in is `optim.strategy`."""
+    """Precision of forward and backward; that of the stored weights is `optim.strategy`."""
 
     auto = "auto"  # bfloat16 on GPUs, float32 on CPU
     float32 = "float32"
@@ -214,7 +214,7 @@ class RolloutConfig:
 
 
 class RewardType(StrEnum):
-    """What a reward function takes: the whole batch, list[RewardInput] -> list[RewardScore], or one response at a time,
+    """Input of a reward function: the whole batch, list[RewardInput] -> list[RewardScore], or one response at a time,
     RewardInput -> RewardScore."""
 
     batch = "batch"

@@ -1,4 +1,4 @@
-"""What is wrong with rows: found in all of them without decoding an image, and in some by decoding."""
+"""Checks of rows: all rows without decoding an image, and a sample with decoding."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COUNTED_FAULTS = 1000  # before a run; more are not counted
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong with the row `index`; `kind` is one word for it."""
+    """A fault of the row `index`; `kind` is one word for it."""
 
     index: int
     kind: str
@@ -113,7 +113,7 @@ def count_images(table: pa.Table, column: str) -> list[int]:
 
 
 def image_fault(rows: PromptRows, vision: VisionProcessor | None, index: int, row: dict) -> Fault | None:
-    """What is wrong with the images of `row`, found by decoding them."""
+    """The fault of the images of `row`, found by decoding them."""
     try:
         for column in (rows.config.image_key, *rows.view_columns):
             for picture in rows.pictures(row, column):
@@ -125,7 +125,7 @@ def image_fault(rows: PromptRows, vision: VisionProcessor | None, index: int, ro
 
 
 def sampled_image_faults(rows: PromptRows, vision: VisionProcessor) -> Iterator[Fault]:
-    """Those of rows all over the files, as many as SAMPLE_SECONDS allow, SAMPLED_ROWS at most."""
+    """Image faults of a sample of rows: as many as SAMPLE_SECONDS allow, at most SAMPLED_ROWS."""
     started, decoded = time.monotonic(), 0
     for index in random.Random(0).sample(range(len(rows)), min(len(rows), SAMPLED_ROWS)):
         if time.monotonic() - started > SAMPLE_SECONDS:

@@ -33,7 +33,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Rows:
-    """All rows of a run's files, and where each came from."""
+    """Rows of a run's files, each with its origin."""
 
     dataset: Dataset
     sources: tuple[Source, ...]  # in order

@@ -81,7 +81,7 @@ def train_loader(
 def validation_loader(
     dataset: PromptDataset, batch_size: int, num_workers: int, collator: PromptCollator
 ) -> StatefulDataLoader:
-    """All prompts in order, the last batch as short as it is. Raises ValueError for files with weights."""
+    """Batches of all prompts in order, the last one maybe shorter. Raises ValueError for files with weights."""
     if any(weight != 1 for weight, _ in dataset.shares()):
         raise ValueError("data.val_files: every prompt is validated once; weights are for data.train_files")
     prefetch = PREFETCHED if num_workers else None

@@ -1,4 +1,4 @@
-"""Looking at every row of a large set, in parallel."""
+"""Parallel scan over the rows of a large set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FEW = 1024  # rows for which starting processes takes longer than they save
 def scan(
     rows: PromptRows, look: Callable[[int, list[dict[str, Any]]], list[T]], description: str, workers: int | None = None
 ) -> Iterator[T]:
-    """What `look` says of each row, in order, with a progress bar.
+    """The result of `look` for each row, in order, with a progress bar.
 
     Args:
         look: takes the index of a first row, and rows from there; returns one value for each of them.

@@ -1,4 +1,4 @@
-"""The only image preprocessing: whatever sees a prompt, engine or trainer or view, sees it through this file."""
+"""Image preprocessing, the only one: engines, trainer and views all see a prompt through this file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class VisionProcessor:
 
     @cached_property
     def media_tokens(self) -> tuple[str, ...]:
-        """What stands for images and videos in a text; a problem that holds it would be taken for a picture."""
+        """Tokens that stand for images and videos; a problem that holds one would be taken for a picture."""
         ids = {getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video")}
         return tuple(token for token, i in self.tokenizer.get_added_vocab().items() if i in ids)
 
@@ -58,7 +58,7 @@ class VisionProcessor:
 
     @cached_property
     def turn_start(self) -> str:
-        """What the template writes of the model's own turn: "<think>" for models that always think, else nothing."""
+        """The beginning of the model's turn in the template: "<think>" for models that always think, else nothing."""
         tail = self.chat_text("PROBE").rpartition("PROBE")[2]
         return tail[tail.index("<think>") :] if "<think>" in tail else ""
 

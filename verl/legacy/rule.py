@@ -1,4 +1,4 @@
-"""What a row of the table of old keys is; the table is verl/legacy/table.py."""
+"""Rules: the rows of the table of old keys (verl/legacy/table.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Old = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Rule:
-    """What one old key, or a few that belong together, become.
+    """Translation of one old key, or of a few that belong together.
 
     Attributes:
         defaults: The old keys with upstream's defaults, which hold where a file is silent. A key whose default is a
@@ -47,7 +47,7 @@ def renamed(key: str, new: str, default: Any, convert: Callable[[Any], Any] = la
 
 
 def choice(key: str, new: str, default: Any, choices: dict[Any, Any], way_out: str) -> Rule:
-    """As `renamed`, where only these values have a meaning here."""
+    """A renamed key of which only these values have a meaning here."""
 
     def convert(value: Any) -> Any:
         if value not in choices:
@@ -58,7 +58,7 @@ def choice(key: str, new: str, default: Any, choices: dict[Any, Any], way_out: s
 
 
 def no_effect(key: str, default: Any, why: str) -> Rule:
-    """Whatever its value, it changes no result here."""
+    """A key that changes no result here, whatever its value."""
     return Rule({key: default}, lambda old: {}, why)
 
 

@@ -56,7 +56,7 @@ class _Meta(_Record):
 
 
 class _Layout(_Record):
-    """What nobody here asks for."""
+    """Placeholder for unused layout classes."""
 
 
 class _SavedTensor(torch.Tensor):

@@ -1,4 +1,4 @@
-"""What peft calls the weights of an adapter, how they are merged, and the folder that holds them: for a model in shards
+"""Names of an adapter's weights in peft, their merging, and the folder that holds them: for a model in shards
 and for a checkpoint's files."""
 
 from __future__ import annotations

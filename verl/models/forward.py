@@ -1,4 +1,4 @@
-"""From rows of a batch to the policy's log-probs, under the original view and others."""
+"""Forward of the policy on rows of a batch, under the original view and others."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _all_rows(values: torch.Tensor, rows: torch.Tensor, count: int, width: int) 
 
 
 def model_inputs(batch: DataProto, device: torch.device) -> dict[str, Any]:
-    """What PolicyModel.forward takes, without the columns that are padding in every row.
+    """The arguments of PolicyModel.forward, without the columns that are padding in every row.
 
     Images that are the same, such as those of all responses to a prompt, are among its images once.
     """

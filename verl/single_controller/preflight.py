@@ -24,7 +24,7 @@ class ClusterError(RuntimeError):
 
 @dataclass(frozen=True)
 class Node:
-    """What one node of the Ray cluster has."""
+    """Resources of one node of the Ray cluster."""
 
     address: str
     cpus: float

@@ -1,4 +1,4 @@
-"""What the machine has, and how a run uses it: Ray, placement and threads."""
+"""Resources of the machine and their use by a run: Ray, placement and threads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PASSED_ON_PREFIXES = ("VLLM_", "NCCL_")
 
 @dataclass(frozen=True)
 class Layout:
-    """Where training ranks and engines run.
+    """Placement of training ranks and engines.
 
     Ranks work at the same time, and so do the engines while the ranks wait; so each kind has all the cores.
     `dedicated_gpus` are the engines' own, behind those of the ranks; with 0 they share the ranks' GPUs.

@@ -82,7 +82,7 @@ class RewardGroup:
 
 
 def _get(reference: ray.ObjectRef) -> list[Outcome]:
-    """What the actor returned; its RewardErrors without Ray's traceback of them."""
+    """The actor's result; its RewardErrors come without Ray's traceback."""
     try:
         return ray.get(reference)
     except RayTaskError as error:

@@ -109,8 +109,8 @@ class CriticGroup(WorkerGroup):
         return DataProto.concat(self.on_shards(CriticWorker.compute_values, batch.chunk(self.size)))
 
     def update_critic(self, batch: DataProto, num_mini_batches: int) -> MetricBag:
-        """All updates of a step. `critic/explained_variance` is that of the values before them; where the returns are
-        all the same there is none."""
+        """Train on a step's rows. `critic/explained_variance` is that of the values before the updates; there is none
+        where all returns are the same."""
         shards = self.shards_of_mini_batches(batch, num_mini_batches)
         metrics = MetricBag.merged(self.on_shards(CriticWorker.update_critic, shards, num_mini_batches))
         explained = explained_variance(batch["values"], batch["returns"], batch["response_mask"])
@@ -133,7 +133,7 @@ class ActorGroup(LogProbGroup):
         return DataProto.concat(self.on_shards(ActorWorker.compute_reference_log_probs, batch.chunk(self.size)))
 
     def update_policy(self, batch: DataProto, num_mini_batches: int, coefs: dict[str, float]) -> MetricBag:
-        """All updates of a step; `coefs` are the coefficients of the loss terms in this step."""
+        """Train on a step's rows; `coefs` are the coefficients of the loss terms in this step."""
         shards = self.shards_of_mini_batches(batch, num_mini_batches)
         return MetricBag.merged(self.on_shards(ActorWorker.update_policy, shards, num_mini_batches, coefs))
 
@@ -149,7 +149,7 @@ class ActorGroup(LogProbGroup):
         return self.on_all(ActorWorker.plan_weights)[0]
 
     def send_bucket(self, layout: BucketLayout) -> list[ray.ObjectRef]:
-        """What each rank has to say of the bucket, by reference: it may be large."""
+        """Each rank's payload of the bucket, by reference since it may be large."""
         return [worker.send_bucket.remote(layout) for worker in self.workers]
 
     def save_huggingface(self, path: str) -> None:

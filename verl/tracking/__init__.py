@@ -1,4 +1,4 @@
-"""Where metrics go. Importing this registers every tracker and imports none of their packages."""
+"""Trackers of metrics. Importing this registers every tracker and imports none of their packages."""
 
 from verl.tracking.local import ConsoleTracker, JsonlTracker
 from verl.tracking.services import MLflowTracker, SwanLabTracker, TensorBoardTracker, WandbTracker

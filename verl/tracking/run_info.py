@@ -1,4 +1,4 @@
-"""What trackers on a server need to know of a run: its settings, and the name it has there."""
+"""Settings and name of a run, for trackers on a server."""
 
 from __future__ import annotations
 

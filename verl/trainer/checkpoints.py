@@ -52,11 +52,11 @@ class Checkpointer:
         self.failure = ""  # of the last save
 
     def driver_state(self) -> dict[str, Any]:
-        """What trainer.pt holds."""
+        """The content of trainer.pt."""
         return {**self.state.state_dict(), "weight_version": self.workers.rollout.version}
 
     def save_once(self, state: dict[str, Any]) -> None:
-        """As `save`, unless there is a checkpoint of that step."""
+        """Save, unless there is a checkpoint of that step."""
         self.finish()
         if not os.path.exists(self.folder.checkpoint(state["step"])):
             self.save(state)
@@ -65,7 +65,7 @@ class Checkpointer:
         """Begin a checkpoint of the step that is done, after the end of the one before.
 
         Args:
-            state: What trainer.pt holds, where that is not the state of now.
+            state: The content of trainer.pt; by default the current state.
         """
         self.finish()
         trainer, state = self.config.trainer, state or self.driver_state()
@@ -143,7 +143,7 @@ class Checkpointer:
 
 AUTO, NEVER = "auto", "never"
 
-# What a run leaves behind or is called changes none of its numbers.
+# Names and outputs change no number of a run.
 WITHOUT_EFFECT = (
     "trainer.project_name",
     "trainer.experiment_name",
@@ -157,7 +157,7 @@ WITHOUT_EFFECT = (
     "trainer.cluster_timeout_s",
 )
 
-# What makes a run the experiment that it is: with other settings of these it is another one.
+# Settings that identify an experiment.
 EXPERIMENT = (
     "algorithm.adv_estimator",
     "algorithm.shapers.",
@@ -205,7 +205,7 @@ def checkpoints_of(config: Config) -> CheckpointFolder:
 
 
 def find_resume_point(config: Config) -> ResumePoint | None:
-    """What `trainer.resume` asks for; None where the run begins anew. What killed saves have left is removed.
+    """The checkpoint that `trainer.resume` asks for; None for a new run. Leftovers of killed saves are removed.
 
     Raises BrokenCheckpoint for a checkpoint that is named and cannot be used.
     """

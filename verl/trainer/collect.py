@@ -1,4 +1,4 @@
-"""From prompts to the rows of a step: generation, views, rewards, and DAPO's choice of groups."""
+"""Collection of a step's rows: generation, views, rewards, and DAPO's choice of groups."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Pending:
 
 @dataclass
 class Rows:
-    """What a step trains on: whole groups of responses, side by side.
+    """The rows that a step trains on: whole groups of responses, side by side.
 
     Attributes:
-        inputs: What the reward sees of each row.
-        outcomes: Waits for the grading of the rows.
+        inputs: Inputs of the reward, one per row.
+        outcomes: Waits for the grading and returns it.
         mini_batches: Number of updates that the rows make.
     """
 
@@ -222,7 +222,7 @@ def add_views(plan: Plan, prompts: DataProto, epoch: int) -> DataProto:
 
 
 def reward_inputs(vision: VisionProcessor, batch: DataProto) -> list[RewardInput]:
-    """What the reward function sees of each response. Where the template opens the model's turn, as with `<think>`,
+    """The reward function's inputs. Where the template opens the model's turn, as with `<think>`,
     that is put before it: a reward sees whole turns, whatever the model."""
     lengths = batch["response_mask"].sum(dim=1).tolist()
     tokens = [ids[:length] for ids, length in zip(batch["responses"].tolist(), lengths, strict=True)]

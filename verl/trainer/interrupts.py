@@ -22,7 +22,7 @@ class RunInterrupted(Exception):
 class Interrupts:
     """Inside this context a first signal is a request to end, whose name is in `requested`.
 
-    Where work may be left as it is, the signal also raises KeyboardInterrupt in the main thread: before training
+    Where work may be abandoned, the signal also raises KeyboardInterrupt in the main thread: before training
     begins, and with OnSignal.stop_now in a step until its updates begin. It is a KeyboardInterrupt since Ray lets no
     other exception through while it waits. A second signal ends the process.
     """
@@ -41,7 +41,7 @@ class Interrupts:
             signal.signal(number, handler)
 
     def begin_training(self) -> None:
-        """From here on, what has been done is kept."""
+        """Keep everything that is done from here on."""
         self.may_leave = False
 
     def begin_step(self) -> None:
@@ -49,7 +49,7 @@ class Interrupts:
         self.may_leave = self.stops_now
 
     def begin_update(self) -> None:
-        """From here to the next step weights, records and the driver's state must stay in step."""
+        """Do not interrupt: until the next step, weights, records and the driver's state must agree."""
         self.may_leave = False
 
     def _handle(self, number: int, _: FrameType | None) -> None:

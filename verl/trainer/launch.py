@@ -1,4 +1,4 @@
-"""From a config to the end of its run, and what is said about both."""
+"""Launch of a run: checks first, then training or a dry run, and the lines that a person reads at the end."""
 
 from __future__ import annotations
 

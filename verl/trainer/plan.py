@@ -1,4 +1,4 @@
-"""Everything that can be known about a run, and refused, before a worker is started."""
+"""Plan of a run: everything that can be checked before a worker starts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VALIDATION = "-validation"  # behind the name of the run's folder, for what trai
 
 @dataclass
 class Plan:
-    """Everything that can be known, and refused, before a worker is started."""
+    """A checked config, its data and its sizes."""
 
     config: Config
     terms: list[LossTerm]
@@ -174,9 +174,7 @@ def check(config: Config) -> Requirements:
     check_options(config)
     sizes = compute_sizes(config)
     rollout = config.worker.rollout
-    rollout.name = choose_engine(rollout.name)
-    if rollout.name == "hf" and rollout.tensor_parallel_size > 1:
-        raise ValueError("worker.rollout.tensor_parallel_size: the engine hf runs on one GPU; use the engine vllm")
+    rollout.name = choose_engine(rollout)
     check_trackers(config.trainer.logger)
     before = required_before_updates(config.algorithm)
     if config.trainer.critic_warmup and not any("values" in columns for columns in before.values()):

@@ -130,7 +130,7 @@ class RayTrainer:
         return metrics
 
     def _train(self, interrupts: Interrupts) -> dict[str, float]:
-        """All steps that are left, and the model as a Hugging Face folder. Raises RunInterrupted."""
+        """Run the remaining steps and save the model as a Hugging Face folder. Raises RunInterrupted."""
         interrupts.begin_training()
         state, total = self.state, self.plan.total_steps
         left = range(state.step + 1, total + 1)
@@ -173,7 +173,7 @@ class RayTrainer:
         return batch, {**metrics, **speed(rows.batch, timings), **host_memory()}
 
     def _record(self, step: int, batch: Batch | None, metrics: dict[str, float]) -> None:
-        """What follows from a step: events, validation, records, a checkpoint."""
+        """Record a step: events, validation, metrics, samples, a checkpoint."""
         state, config = self.state, self.config
         self.run_dir.add_samples(step, "train", batch.samples if batch else [])
         self._write_failures(step)

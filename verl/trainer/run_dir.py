@@ -1,4 +1,4 @@
-"""What a run leaves behind: one folder, written so that nothing in it is ever half."""
+"""Output folder of a run, in which no file is ever half written."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class TrainState:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, and the random numbers, as tensors and plain values."""
+        """The whole state and the random numbers, as tensors and plain values."""
         return {
             **{name: getattr(self, name) for name in PROGRESS},
             "seconds": self.total_seconds(),

@@ -45,8 +45,8 @@ class Verdict:
 
 
 def find_signals(terms: list[LossTerm]) -> list[Signal]:
-    """What to watch (arXiv 2507.06448, figure 11): the share of tokens that the upper clip stops, every maximised term,
-    the entropies (the original one falls before it rises), and the length of responses."""
+    """Signals to watch (arXiv 2507.06448, figure 11): the share of tokens that the upper clip stops, every maximised
+    term, the entropies (the original one falls before it rises), and the length of responses."""
     signals = [Signal("actor/clip_frac_high", False, 0.005), Signal("rollout/response_length_mean", True, 3.0)]
     for term in terms:
         if term.kind.sign < 0:
@@ -70,7 +70,7 @@ class Watchdog:
         self.scale = 1.0
 
     def state_dict(self) -> dict[str, Any]:
-        """All it has seen, as plain values."""
+        """The recent values of every signal, as plain values."""
         tracks = {name: {"values": list(track.values), "outside": track.outside} for name, track in self.tracks.items()}
         return {"scale": self.scale, "tracks": tracks}
 
@@ -83,7 +83,7 @@ class Watchdog:
             track.outside = known["outside"]
 
     def observe(self, step: int, metrics: dict[str, float]) -> Verdict:
-        """What to do after `step`, from its metrics."""
+        """The verdict on `step`, from its metrics."""
         if self.config.action == WatchdogAction.off:
             return Verdict()
         events = [e for s in self.signals if s.metric in metrics and (e := self._look(s, step, metrics[s.metric]))]

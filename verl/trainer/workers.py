@@ -1,4 +1,4 @@
-"""All workers of a run, built side by side."""
+"""Workers of a run, started side by side."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Workers:
-    """What the trainer calls. `rollout` and `reward` are asked first and waited for later, so that the driver can go
+    """The workers that the trainer calls. `rollout` and `reward` work asynchronously, so that the driver can go
     on meanwhile. A run that only validates has no actor."""
 
     actor: ActorGroup | None

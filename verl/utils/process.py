@@ -1,4 +1,4 @@
-"""What every worker process does first."""
+"""Start of a worker process: logging, threads, quiet libraries."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class ModelWorker:
         raise NotImplementedError(f"{type(self).__name__} trains nothing")
 
     def describe(self, folder: str) -> None:
-        """Write what a role's folder of a checkpoint holds besides its tensors."""
+        """Write the files of a role's checkpoint folder besides its tensors."""
 
     def start_save(self, folder: str, optimizer: bool, background: bool) -> None:
         """Begin to write this rank's part of a checkpoint; all ranks call this together. In the background it is
@@ -107,7 +107,7 @@ class ModelWorker:
         load_state(folder, self.training(), self.rank)
 
     def free_cache(self) -> None:
-        """Give what a pass has left over back to the GPU, which other workers share."""
+        """Return cached memory to the GPU, which other workers share."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -116,7 +116,7 @@ class ModelWorker:
         return peak_memory(self.device)
 
     def settings(self, *keys: str) -> dict[str, object]:
-        """What decides on the memory of a pass, by config key: `keys`, and what all passes share."""
+        """The settings that decide on the memory of a pass, by config key: `keys`, and those of all passes."""
         shared = ("data.max_prompt_length", "data.max_response_length", "worker.rollout.gpu_memory_utilization")
         return {key: attrgetter(key)(self.config) for key in (*keys, *shared)}
 

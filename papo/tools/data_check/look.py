@@ -1,4 +1,4 @@
-"""What `papo data check` sees of each row: its images, its tokens, and answers that no rule can grade."""
+"""The look of `papo data check` at each row: images, tokens, and answers that no rule can grade."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was found, in lines and as histograms."""
+"""Report of a data check, in lines and as histograms."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAMED = 4  # files
 
 
 def report(rows: PromptRows, looks: list[Look], bad: list[BadRow]) -> str:
-    """What the rows hold, and under it what is wrong with some, most frequent first."""
+    """Summary of the rows, and below it the faults of some, most frequent first."""
     lines = [("rows", f"{len(rows):,} in {len(rows.sources)} file(s)")]
     for source in rows.sources[:NAMED]:
         weight = "" if source.weight == 1 else f", {source.weight:g} times in an epoch"

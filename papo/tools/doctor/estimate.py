@@ -1,8 +1,7 @@
-"""From a config to the memory of each role and of each phase of a step."""
+"""Memory of each role and of each phase of a step, from a config."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 
 from papo.tools.doctor.case import GIB
@@ -10,7 +9,6 @@ from papo.tools.doctor.memory import (
     FLOAT,
     Load,
     Term,
-    billions,
     gradient_terms,
     offloaded,
     optimizer_step_terms,
@@ -26,16 +24,16 @@ from verl.algorithms.requirements import Requirements
 from verl.config.config import Config
 from verl.config.sizes import Sizes
 from verl.config.worker import FSDPConfig, OptimConfig, OptimStrategy
+from verl.workers.rollout.base import EngineLoad
 
 # What no arithmetic gives, each per process: CUDA context, NCCL and allocator; Python with torch and transformers.
 GPU_PROCESS, CPU_PROCESS = GIB, GIB * 3 // 4
-CUDA_GRAPHS = GIB
 GENERATION = ("generation", "engine's GPUs")  # the phases in which an engine is awake
 
 
 @dataclass(frozen=True)
 class Role:
-    """What one role holds on one device. Terms with `times` others of their kind share main memory on CPU."""
+    """Memory of one role on one device. Terms with `times` others of their kind share main memory on CPU."""
 
     name: str
     terms: tuple[Term, ...]
@@ -277,31 +275,19 @@ def _phase(name: str, parts: list[tuple[str, int]]) -> Phase:
 
 
 def engine_terms(config: Config, shape: Shape, load: Load, device: str, capacity: int) -> tuple[list[Term], int | None]:
-    """What the engine takes while it generates, and the bytes of it that are left for vLLM's KV cache."""
+    """Memory of the engine while it generates, and the bytes that are left for vLLM's KV cache."""
+    from verl.workers.rollout.engines import ENGINES
+
     rollout, width = config.worker.rollout, load.width
-    token = shape.kv_bytes(width)
-    if rollout.name == "hf":
-        rows, tokens = rollout.max_batch_size, rollout.max_batch_size * load.length
-        prefill = rows * load.prompt * text_working(shape, width, False)
-        return [
-            Term("weights", width * shape.parameters, f"{width} bytes x {billions(shape.parameters)}"),
-            Term("KV cache", tokens * token, f"{rows} responses x {load.length} tokens x {token} bytes"),
-            Term("prefill", prefill, f"{rows} x {load.prompt} tokens, one block"),
-            Term("logits", rows * shape.vocabulary * 4 * FLOAT, f"{rows} x {shape.vocabulary} x 16 bytes"),
-        ], None
-    tp = rollout.tensor_parallel_size
-    batched = rollout.max_num_batched_tokens
-    weights = Term("weights", width * shape.parameters // tp, f"{width} bytes x {billions(shape.parameters)} / {tp}")
-    image = min(config.data.max_pixels // shape.patch**2, load.prompt * shape.merge**2)
-    work = batched * text_working(shape, width, False) // tp + image * vision_working(shape, width, False)
-    work += rollout.max_num_seqs * shape.vocabulary * 3 * FLOAT
-    how = f"{batched} tokens, {rollout.max_num_seqs} rows of logits, one image"
-    working = Term("working memory", work, how)
-    if device == "cpu":
-        space = int(float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) * GIB)
-        return [weights, working, Term("KV cache", space, "VLLM_CPU_KVCACHE_SPACE")], space
-    share = int(rollout.gpu_memory_utilization * capacity)
-    fixed = Term("context, graphs", GPU_PROCESS + (0 if rollout.enforce_eager else CUDA_GRAPHS), "assumed")
-    left = share - weights.bytes - working.bytes - fixed.bytes
-    how = f"what {rollout.gpu_memory_utilization:g} of the GPU leaves"
-    return [weights, working, fixed, Term("KV cache", max(left, 0), how)], left
+    own = EngineLoad(
+        weights=width * shape.parameters,
+        kv_token=shape.kv_bytes(width),
+        token_work=text_working(shape, width, False),
+        patch_work=vision_working(shape, width, False),
+        patches=min(config.data.max_pixels // shape.patch**2, load.prompt * shape.merge**2),
+        prompt=load.prompt,
+        response=load.response,
+        vocabulary=shape.vocabulary,
+        capacity=None if device == "cpu" else capacity,
+    )
+    return ENGINES[rollout.name].memory(rollout, own)

@@ -82,7 +82,7 @@ def compute(case: Case, config: Config, shapes: tuple[Shape, Shape], prompt: int
 
     sizes, rollout = compute_sizes(config), config.worker.rollout
     if rollout.name == "auto":  # the check of the config, which chooses, has stopped at an error
-        rollout.name = choose_engine("auto")
+        rollout.name = choose_engine(rollout)
     on_gpu = case.device == "cuda"
     return estimate(
         config,
@@ -133,7 +133,7 @@ def _training_steps(config: Config, phase: str) -> list[dict[str, Any]]:
 
 
 def _state_steps(config: Config) -> list[dict[str, Any]]:
-    """What makes the actor's states smaller. It costs what the other steps do not: time, and precision."""
+    """Changes that make the actor's states smaller, at the cost of time and precision."""
     actor, steps = config.worker.actor, []
     if not actor.fsdp.cpu_offload:
         steps.append({f"{ACTOR}.fsdp.cpu_offload": True})
@@ -143,18 +143,14 @@ def _state_steps(config: Config) -> list[dict[str, Any]]:
 
 
 def _generation_steps(config: Config) -> list[dict[str, Any]]:
+    from verl.workers.rollout.engines import ENGINES
+
     rollout = config.worker.rollout
-    if rollout.name == "hf":
-        sizes = [
-            rollout.max_batch_size >> shift for shift in range(1, 12) if rollout.max_batch_size >> shift >= rollout.n
-        ]
-        return [{f"{ROLLOUT}.max_batch_size": size} for size in sizes]
-    percent = int(rollout.gpu_memory_utilization * 100)
-    return [{f"{ROLLOUT}.gpu_memory_utilization": share / 100} for share in range(percent - 5, 10, -5)]
+    return [{f"{ROLLOUT}.{key}": v for key, v in step.items()} for step in ENGINES[rollout.name].smaller(rollout)]
 
 
 def _merged(steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """All changes at one time; of several values for a key the last, which saves most."""
+    """All changes at one time; of several values for a key the last one, which saves most."""
     return {key: value for step in steps for key, value in step.items()}
 
 
@@ -190,7 +186,7 @@ def _longest(config: Config) -> int:
 
 
 def _judge_cache(case: Case, found: Estimate, shape: Shape) -> Iterator[Finding]:
-    """What vLLM's KV cache holds."""
+    """Capacity of vLLM's KV cache."""
     rollout = case.config.worker.rollout
     if found.cache is None:
         return
@@ -215,7 +211,7 @@ def _judge_cache(case: Case, found: Estimate, shape: Shape) -> Iterator[Finding]
 
 
 def _judge_offloaded(case: Case, found: Estimate) -> Iterator[Finding]:
-    """What is in main memory in place of the GPUs, on each node."""
+    """Memory of each node that offloading takes."""
     if not found.offloaded:
         return
     text = f"cpu_offload keeps {in_gib(found.offloaded)} there, for the GPUs of one node"

@@ -1,4 +1,4 @@
-"""How many bytes a run takes, by arithmetic alone.
+"""Memory of a run in bytes, by arithmetic alone.
 
 The counts of activations are those of Qwen2.5-VL's blocks in transformers with SDPA, in tensors that autograd keeps:
 tests measure the same blocks and compare. What cannot be counted (allocator, CUDA context, NCCL) is one constant.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from papo.tools.doctor.shape import Shape
+from verl.workers.rollout.base import Term
 
 FLOAT = 4
 STEP_COPIES = 8  # float32 values per weight that a step of CompensatedAdamW holds, of one parameter at a time
@@ -20,7 +21,7 @@ LOGIT_BYTES_NO_GRAD = 10
 
 @dataclass(frozen=True)
 class Load:
-    """What a run asks of each device.
+    """Load of a run on each device.
 
     `width` is the bytes of a value in compute dtype. `update_rows` and `pass_rows` are responses per micro-batch,
     `update_views` how many looks at them one forward takes, `patches` the image patches of a row at most.
@@ -50,15 +51,6 @@ class Load:
     @property
     def length(self) -> int:
         return self.prompt + self.response
-
-
-@dataclass(frozen=True)
-class Term:
-    """One line of the table: `how` says what was multiplied."""
-
-    name: str
-    bytes: int
-    how: str
 
 
 def trainable(shape: Shape, load: Load) -> int:
@@ -170,7 +162,7 @@ def vision_working(shape: Shape, width: int, grad: bool) -> int:
 
 
 def activation_terms(shape: Shape, load: Load) -> list[Term]:
-    """What forward keeps for backward, at its peak, in one micro-batch of an update."""
+    """Activations that forward keeps for backward, at their peak, in one micro-batch of an update."""
     rows = load.update_rows * load.update_views
     tokens, patches = rows * load.length, rows * load.patches
     towers = (

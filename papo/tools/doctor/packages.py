@@ -97,7 +97,7 @@ def check_conflicts(case: Case) -> Iterator[Finding]:
 
 
 def check_imports(case: Case) -> Iterator[Finding]:
-    """What is installed also has to load: compiled parts show only then that they belong to another torch."""
+    """Import the installed packages: only then do compiled parts show that they belong to another torch."""
     broken = set()
     for module, name, package in IMPORTS:
         try:

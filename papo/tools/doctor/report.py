@@ -60,7 +60,7 @@ def _label(role: Role) -> str:
 
 
 def _phases(estimate: Estimate) -> list[str]:
-    """What stands in memory in each phase of a step, and the sum."""
+    """Memory of each role in each phase of a step, and the sum."""
     columns = list(dict.fromkeys(name for phase in estimate.phases for name, _ in phase.parts))
     device = "per GPU" if estimate.device == "cuda" else "of the machine"
     lines = [f"  {f'GiB {device}':24}" + "".join(f"{name:>12}" for name in [*columns, "sum", "there is"])]

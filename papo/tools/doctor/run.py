@@ -1,4 +1,4 @@
-"""What a config names: keys that fit together, model, data, reward."""
+"""Checks of a run: keys that fit together, model, data, reward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ENCODED_ROWS = 4  # ... and of the first of them also the images decoded
 
 
 def check_config(case: Case) -> Iterator[Finding]:
-    """Everything that the trainer itself checks before it opens a file."""
+    """Check what the trainer checks before it opens a file."""
     from verl.config.sizes import compute_sizes
     from verl.trainer.plan import check
 
@@ -41,7 +41,7 @@ def check_config(case: Case) -> Iterator[Finding]:
 
 
 def check_devices(case: Case) -> Iterator[Finding]:
-    """As many GPUs as the run wants, shared out as it wants."""
+    """Check that there are enough GPUs, and that they can be shared out."""
     from verl.single_controller.resources import plan_replicas
 
     trainer, rollout = case.config.trainer, case.config.worker.rollout
@@ -147,7 +147,7 @@ def _hub_cache() -> str:
 
 
 def _hub_folder(name: str) -> str | None:
-    """Where the hub's cache has the model, None where it has no weights of it."""
+    """The model's folder in the hub's cache; None where it has no weights of it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

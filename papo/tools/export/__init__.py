@@ -1,1 +1,1 @@
-"""From a run's checkpoint, or one of EasyR1's, to an ordinary Hugging Face folder."""
+"""Export of a checkpoint, also of EasyR1's, as an ordinary Hugging Face folder."""

@@ -85,7 +85,7 @@ def model_card(source: Source, name: str, dtype: str, adapter: bool = False) -> 
 
 
 def _header(config: dict[str, Any], base: str, has_vision: bool, library: str) -> str:
-    """What the hub reads. A model from a folder has no name there."""
+    """The header that the hub reads. A model from a folder has no name there."""
     tags = ["reinforcement-learning", *([config["algorithm"]["adv_estimator"]] if config else [])]
     if "perception_kl" in (config.get("algorithm", {}).get("terms") or {}):
         tags.append("papo")
@@ -147,7 +147,7 @@ def _pairs(options: dict[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    """As a table shows it. Of a path on somebody's machine only its end is anybody else's business."""
+    """A setting as the table shows it; of a local path only its last part."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, str) and value.startswith(("/", "~")):

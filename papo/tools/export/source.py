@@ -39,7 +39,7 @@ class Source:
         return os.path.join(self.actor, HUGGINGFACE)
 
     def weights(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """All of them, on CPU. Raises BrokenCheckpoint naming the file that is at fault."""
+        """The weights, on CPU. Raises BrokenCheckpoint naming the file that is at fault."""
         from verl.checkpoint.tensors import load_full_model
         from verl.legacy.shards import merge_shards
 

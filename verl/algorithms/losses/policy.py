@@ -25,7 +25,7 @@ class ClipTermConfig(LossTermConfig):
 
 
 def clip_requires(*columns: str) -> Callable[[ClipTermConfig], tuple[str, ...]]:
-    """What a policy loss reads: these, and what its importance weight takes."""
+    """The columns of a policy loss: these, and those of its importance weight."""
 
     def requires(config: ClipTermConfig) -> tuple[str, ...]:
         extra = {

@@ -1,4 +1,4 @@
-"""What a training worker puts into a checkpoint and takes out of it: shards, optimizer, counts, random numbers.
+"""A training worker's part of a checkpoint: shards, optimizer, counts, random numbers.
 
 `<checkpoint>/<role>/` holds the tensors of all ranks (verl/checkpoint/tensors.py) and `rank_<r>.pt` of each.
 """
@@ -45,7 +45,7 @@ def optimizer_tensors(step: GuardedStep) -> dict[str, torch.Tensor]:
 
 
 def plain_state(step: GuardedStep) -> dict[str, Any]:
-    """What is no tensor of the model: how many updates there have been (the schedule's position), how many of the last
+    """State besides the model's tensors: the number of updates (the schedule's position), how many of the last
     were skipped, the kind of optimizer, and this rank's random numbers."""
     return {
         "updates": step.schedule.last_epoch,

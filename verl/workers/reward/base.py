@@ -1,4 +1,4 @@
-"""What a reward function sees and returns, and the three outcomes of grading a response."""
+"""Inputs and results of reward functions, and the outcome of grading a response."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NotRequired, TypedDict
 
 
 class RewardInput(TypedDict):
-    """What a reward function sees of one response."""
+    """Input of a reward function for one response."""
 
     response: str  # decoded, without special tokens
     response_length: int  # tokens, end token included
@@ -17,7 +17,7 @@ class RewardInput(TypedDict):
 
 
 class RewardScore(TypedDict, total=False):
-    """What it returns for it: `overall` trains; every other entry is a component that is logged by its name."""
+    """Result for one response: `overall` trains; every other entry is a component that is logged by its name."""
 
     overall: float
     accuracy: float

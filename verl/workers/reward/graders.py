@@ -24,7 +24,7 @@ BOX = re.compile(rf"[\[(]\s*{FOUR}[\])]")
 
 
 def boxed(response: str) -> str | None:
-    """What the last \\boxed{} holds, with its own braces in pairs; None where there is none, or it does not end."""
+    """The content of the last \\boxed{}, with its own braces in pairs; None where there is none, or it does not end."""
     _, found, rest = response.rpartition("\\boxed{")
     depth = 0
     for end, character in enumerate(rest if found else ""):
@@ -35,7 +35,7 @@ def boxed(response: str) -> str | None:
 
 
 def tagged(response: str, tag: str = "answer") -> str | None:
-    """What the first <tag> </tag> holds; None where there is none, or it does not end."""
+    """The content of the first <tag> </tag>; None where there is none, or it does not end."""
     _, _, rest = response.partition(f"<{tag}>")
     content, found, _ = rest.partition(f"</{tag}>")
     return content.strip() if found else None

@@ -1,4 +1,4 @@
-"""Grader processes that can be killed: whatever one sample does to its process, the others keep their scores."""
+"""Grader processes that can be killed: a sample that breaks its process costs no other sample its score."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ class GraderPool:
         grader.begin(task, limit + GRACE_S * concurrent, f"no score within worker.reward.{name}={limit:g} seconds")
 
     def _collect(self) -> Iterator[tuple[Task, list[Answer]]]:
-        """What has come in within WATCH_S, and the failures of those that had to be killed."""
+        """Answers that arrived within WATCH_S, and failures of processes that had to be killed."""
         active = {g.connection: i for i, g in enumerate(self.graders) if g.task or g.kinds is None}
         for connection in wait(list(active), timeout=WATCH_S):
             position = active.pop(connection)

@@ -1,4 +1,4 @@
-"""What a rollout engine is, and how requests are put to it."""
+"""Interface of rollout engines, and the requests to them."""
 
 from __future__ import annotations
 
@@ -31,8 +31,62 @@ class SamplingParams:
     ignore_eos: bool = False
 
 
+@dataclass(frozen=True)
+class Term:
+    """A part of some memory in bytes; `how` says what was multiplied."""
+
+    name: str
+    bytes: int
+    how: str
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """Numbers that an engine's memory follows from.
+
+    Attributes:
+        weights: Bytes of the model.
+        kv_token: Bytes of the KV cache per token.
+        token_work, patch_work: Bytes that a block needs for a moment per token and per image patch.
+        patches: Patches of the largest image.
+        prompt, response: Tokens of the longest.
+        vocabulary: Number of tokens there are.
+        capacity: Bytes of one GPU; None on CPU.
+    """
+
+    weights: int
+    kv_token: int
+    token_work: int
+    patch_work: int
+    patches: int
+    prompt: int
+    response: int
+    vocabulary: int
+    capacity: int | None
+
+
 class RolloutEngine(Protocol):
-    """Generates responses and takes new weights. One lives in each rollout worker."""
+    """Generates responses and takes new weights. One lives in each rollout worker.
+
+    Attributes:
+        package: The Python package that it needs besides transformers; None for none.
+        install: How to install that.
+        spans_gpus: Whether one engine can take several GPUs (`worker.rollout.tensor_parallel_size`).
+    """
+
+    package: str | None
+    install: str
+    spans_gpus: bool
+
+    @staticmethod
+    def memory(rollout: RolloutConfig, load: EngineLoad) -> tuple[list[Term], int | None]:
+        """Memory while it generates, for `papo doctor`; and the bytes of the KV cache where it takes what is left."""
+        ...
+
+    @staticmethod
+    def smaller(rollout: RolloutConfig) -> list[dict[str, float]]:
+        """Settings of `worker.rollout` that need less memory, the least change first."""
+        ...
 
     def generate(self, prompts: DataProto, sampling: list[SamplingParams]) -> DataProto:
         """Responses to each prompt, in order, the n responses of a prompt side by side.
@@ -100,7 +154,7 @@ def validation_sampling(config: RolloutConfig, max_tokens: int, uids: list[str])
 
 
 def pad_responses(tokens: Sequence[list[int]], log_probs: Sequence[list[float]], pad: int) -> DataProto:
-    """What `RolloutEngine.generate` returns, from responses of any lengths."""
+    """The result of `RolloutEngine.generate` from responses of any lengths."""
     longest = max(len(ids) for ids in tokens)
     responses = torch.full((len(tokens), longest), pad, dtype=torch.int64)
     mask = torch.zeros(len(tokens), longest, dtype=torch.int64)

@@ -8,11 +8,12 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from verl.config.config import Config
+from verl.config.worker import RolloutConfig
 from verl.models.families import family_of
 from verl.models.families.base import SpecialTokens
 from verl.models.loading import load_model, resolve_dtype
 from verl.protocol import DataProto
-from verl.workers.rollout.base import ENGINES, SamplingParams, in_order
+from verl.workers.rollout.base import ENGINES, EngineLoad, SamplingParams, Term, in_order
 from verl.workers.rollout.sampler import SeededSampler
 from verl.workers.rollout.weight_sync import CARRIERS, BucketLayout
 
@@ -20,6 +21,24 @@ from verl.workers.rollout.weight_sync import CARRIERS, BucketLayout
 @ENGINES.register("hf")
 class HFEngine:
     """See RolloutEngine. Requests with the same n share batches of at most `max_batch_size` responses."""
+
+    package, install, spans_gpus = None, "", False
+
+    @staticmethod
+    def memory(rollout: RolloutConfig, load: EngineLoad) -> tuple[list[Term], int | None]:
+        rows, length = rollout.max_batch_size, load.prompt + load.response
+        cache, logits = rows * length * load.kv_token, rows * load.vocabulary * 4 * 4
+        return [
+            Term("weights", load.weights, "in compute dtype"),
+            Term("KV cache", cache, f"{rows} responses x {length} tokens x {load.kv_token} bytes"),
+            Term("prefill", rows * load.prompt * load.token_work, f"{rows} x {load.prompt} tokens, one block"),
+            Term("logits", logits, f"{rows} x {load.vocabulary} x 16 bytes"),
+        ], None
+
+    @staticmethod
+    def smaller(rollout: RolloutConfig) -> list[dict[str, float]]:
+        sizes = [rollout.max_batch_size >> shift for shift in range(1, 12)]
+        return [{"max_batch_size": size} for size in sizes if size >= rollout.n]
 
     def __init__(self, config: Config, special: SpecialTokens, device: torch.device) -> None:
         model = config.worker.actor.model

