@@ -18,7 +18,7 @@ LAYERS = [
     {"single_controller", "tracking"},
     {"workers"},
     {"data"},
-    {"models", "algorithms"},
+    {"models", "algorithms", "legacy"},
     {"config", "metrics", "registry", "plugins", "protocol", "columns", "checkpoint", "utils"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -65,3 +65,30 @@ def test_the_mathematics_needs_torch_and_nothing_else_of_weight(path):
     heavy = {"ray", "transformers", "tensordict", "datasets", "numpy", "PIL", "vllm"}
     assert not {module.split(".")[0] for module in imports(path)} & heavy
     assert not any(module.startswith("verl.protocol") for module in imports(path))
+
+
+def imports_at_start(path: Path) -> set[str]:
+    """Modules of this repository that a file imports when it is imported itself."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    names = {relative(path).removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in SOURCES}
+    graph = {name: {m for m in imports_at_start(path) if m in names and m != name} for name, path in names.items()}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above[above.index(name) :], name])
+        if name not in done:
+            for other in sorted(graph[name]):
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
