@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 
 from tests.fakes.actors import on_ranks
 from verl.config.compose import compose_config
-from verl.config.validate import validate
+from verl.config.option import check_options
 from verl.config.worker import OptimConfig, OptimStrategy
 from verl.workers.training.compensated_adamw import CompensatedAdamW
 from verl.workers.training.optim import build_optimizer, weight_dtype
@@ -142,6 +142,6 @@ def test_the_strategy_says_what_weights_are_kept_in_and_refuses_float32_compute(
     options = ["worker.actor.model.model_path=x", "data.train_files=a", "data.val_files=b"]
     for role in ("actor", "critic"):
         strategy = f"worker.{role}.optim.strategy=adamw_bf16"
-        validate(compose_config("grpo", [*options, strategy]))
+        check_options(compose_config("grpo", [*options, strategy]))
         with pytest.raises(ValueError, match=f"worker.{role}.optim.strategy=adamw_bf16 keeps weights in bfloat16"):
-            validate(compose_config("grpo", [*options, strategy, f"worker.{role}.fsdp.compute_dtype=float32"]))
+            check_options(compose_config("grpo", [*options, strategy, f"worker.{role}.fsdp.compute_dtype=float32"]))
