@@ -22,6 +22,7 @@ from verl.config.data import DataConfig
 from verl.data.collate import PromptCollator, join_responses
 from verl.data.dataset import PromptDataset
 from verl.data.vision import VisionProcessor
+from verl.models.attention import use_segments
 from verl.models.forward import model_inputs
 from verl.models.loading import load_model
 from verl.models.policy import PolicyModel
@@ -89,7 +90,9 @@ def warm_start(
     config = DataConfig(train_files=str(sft_file), format_prompt=str(format_prompt), answer_key="solution")
     dataset = PromptDataset(str(sft_file), "sft.parquet", config, vision)
     rows = [dataset[i] for i in tqdm(range(len(dataset)), desc="warm start: inputs", leave=False)]
-    policy = PolicyModel(load_model(str(base_dir), torch.float32), banned=(), temperature=1.0, logits_chunk_size=4096)
+    model = load_model(str(base_dir), torch.float32)
+    use_segments(model)
+    policy = PolicyModel(model, banned=(), temperature=1.0, logits_chunk_size=4096)
     _train(policy, _batches(rows, vision, seed, settings.batch_size), settings)
     with new_folder(out_dir, recipe) as folder:
         policy.inner.save_pretrained(folder)
@@ -116,7 +119,7 @@ def _batches(rows: list[dict], vision: VisionProcessor, seed: int, size: int) ->
 def response_loss(policy: PolicyModel, batch: DataProto) -> torch.Tensor:
     """Cross-entropy, a scalar in nats, over response tokens and their end token only."""
     inputs = model_inputs(batch, torch.device("cpu"))
-    return -policy(**inputs)["log_probs"].sum() / inputs["response_mask"].sum()
+    return -policy(**inputs)["log_probs"].sum() / inputs["packed"].valid.sum()
 
 
 def _train(policy: PolicyModel, batches: Iterator[DataProto], settings: WarmStartSettings) -> None:

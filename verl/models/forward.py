@@ -7,10 +7,9 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from verl.columns import ORIGINAL, TOKENS, split_exact, view_column
-from verl.models.families.base import join_images
+from verl.models.packing import pack
 from verl.models.policy import Exact, PolicyModel
 from verl.protocol import DataProto
 
@@ -44,14 +43,13 @@ def forward_views(
     starts = dict(zip(views, accumulate([0, *map(len, parts)]), strict=False))
     wanted = {name: _exact(name, selected, starts) for name in exact}
     found = policy(**model_inputs(DataProto.concat(parts), device), exact=wanted)
-    width = batch["response_mask"].shape[1]
     result = {}
     for view, rows in selected.items():
         own = found["log_probs"][starts[view] : starts[view] + len(rows)]
-        result[view_column(view, "log_probs")] = _all_rows(own, rows, len(batch), width)
+        result[view_column(view, "log_probs")] = _all_rows(own, rows, len(batch))
     for name in exact:
         view, _ = split_exact(name)
-        result[name] = _all_rows(found[name], selected[view], len(batch), width)
+        result[name] = _all_rows(found[name], selected[view], len(batch))
     return result
 
 
@@ -64,30 +62,13 @@ def _exact(name: str, selected: dict[str, torch.Tensor], starts: dict[str, int])
     return Exact(selected[view], rows, detach_other=what == "full_kl_detached")
 
 
-def _all_rows(values: torch.Tensor, rows: torch.Tensor, count: int, width: int) -> torch.Tensor:
-    """[count, width] with `values` in `rows`. The model saw as many response columns as the longest response has;
-    the rest is padding in every row."""
-    values = F.pad(values, (0, width - values.shape[1]))
-    return values if len(rows) == count else values.new_zeros(count, width).index_copy(0, rows, values)
+def _all_rows(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """[count, R] with `values` in `rows`."""
+    return values if len(rows) == count else values.new_zeros(count, values.shape[1]).index_copy(0, rows, values)
 
 
 def model_inputs(batch: DataProto, device: torch.device) -> dict[str, Any]:
-    """The arguments of PolicyModel.forward, without the columns that are padding in every row.
-
-    Images that are the same, such as those of all responses to a prompt, are among its images once.
-    """
-    num_response = batch["response_mask"].shape[1]
-    num_prompt = batch["input_ids"].shape[1] - num_response
-    # A row always has a prompt token; an empty response still needs one column for the shapes to work.
-    first = int(batch["attention_mask"][:, :num_prompt].argmax(dim=1).min())
-    response = max(1, int(batch["response_mask"].sum(dim=1).max()))
-    columns = slice(first, num_prompt + response)
-    images, owner = join_images(batch["mm_inputs"])
-    return {
-        "input_ids": batch["input_ids"][:, columns].to(device),
-        "attention_mask": batch["attention_mask"][:, columns].to(device),
-        "position_ids": batch["position_ids"][:, :, columns].to(device),
-        "response_mask": batch["response_mask"][:, :response].to(device),
-        "images": images and {name: tensor.to(device) for name, tensor in images.items()},
-        "image_owner": owner,
-    }
+    """The arguments of PolicyModel.forward: the rows, packed, and their different images."""
+    names = ("input_ids", "attention_mask", "position_ids", "response_mask", "mm_inputs")
+    packed = pack(*(batch[name] for name in names), device)
+    return {"packed": packed, "images": packed.images}

@@ -10,6 +10,7 @@ from torch import nn
 
 from verl.models.families import family_of
 from verl.models.log_probs import chunked_entropy, chunked_kl, chunked_log_probs
+from verl.models.packing import Packed
 
 
 @dataclass(frozen=True)
@@ -23,31 +24,25 @@ class Exact:
 
 
 def response_states(
-    inner: nn.Module,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    position_ids: torch.Tensor,
-    num_response: int,
-    images: dict[str, torch.Tensor] | None,
-    image_owner: list[int],
+    inner: nn.Module, packed: Packed, images: dict[str, torch.Tensor] | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The state before each response token, [B, R, H], and an anchor: a 0 that holds the vision tower in the graph
-    where the batch has no image. Add it to the result, so that FSDP's collectives run on every rank.
+    """The state that predicts each valid response token, [N, H], and an anchor: a 0 that holds the vision tower in the
+    graph where the batch has no image. Add it to the result, so that FSDP's collectives run on every rank.
 
     Args:
         inner: The Hugging Face model.
-        num_response: R; the last R columns of the tokens are the response. For the rest see PolicyModel.forward.
+        images: As in PolicyModel.forward.
     """
     family = family_of(inner.config)
-    features, anchor = family.image_features(inner, images, image_owner, input_ids.device)
+    features, anchor = family.image_features(inner, images, packed.owner, packed.ids.device)
     hidden = inner.model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        **family.forward_arguments(position_ids, features),
+        input_ids=packed.ids,
+        attention_mask=None,
+        **family.forward_arguments(packed.positions, features),
         use_cache=False,
+        segments=packed.segments,
     ).last_hidden_state
-    # The state at position t predicts token t + 1, so the response's states begin one place before it.
-    return hidden[:, -num_response - 1 : -1], anchor
+    return hidden[0, packed.states], anchor
 
 
 class PolicyModel(nn.Module):
@@ -59,6 +54,7 @@ class PolicyModel(nn.Module):
     def __init__(self, inner: nn.Module, banned: Sequence[int], temperature: float, logits_chunk_size: int) -> None:
         """
         Args:
+            inner: A model that `use_segments` has prepared.
             banned: Token ids that have probability 0.
             temperature: Divides the logits, as in sampling.
             logits_chunk_size: Tokens whose logits exist at one time.
@@ -71,34 +67,24 @@ class PolicyModel(nn.Module):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        position_ids: torch.Tensor,
-        response_mask: torch.Tensor,
+        packed: Packed,
         images: dict[str, torch.Tensor] | None,
-        image_owner: list[int],
         exact: Mapping[str, Exact] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Log-probs of the response tokens, and what is asked for of their whole distributions.
 
         Args:
-            input_ids, attention_mask: [B, L], the last R columns are the response.
-            position_ids: [B, 3, L].
-            response_mask: [B, R].
-            images: Tensors of the *different* images only, or None in a batch without images.
-            image_owner: Which of them each image place shows, in the order of rows and of images in a row.
-            exact: By name.
+            images: `packed.images`, an argument of its own so that FSDP casts it to the compute dtype.
+            exact: By name; the rows are those that were packed.
 
         Returns:
-            `log_probs` [B, R] and, for each name in `exact`, [rows, R]; float32, 0 where `response_mask` is 0.
+            `log_probs` [B, R] and, for each name in `exact`, [rows, R]; float32, 0 outside `packed.valid`.
         """
-        num_response, valid = response_mask.shape[1], response_mask.bool()
-        tokens = (input_ids, attention_mask, position_ids)
-        states, anchor = response_states(self.inner, *tokens, num_response, images, image_owner)
-        states = states[valid]
+        valid = packed.valid
+        states, anchor = response_states(self.inner, packed, images)
         head = (self.inner.lm_head, self.temperature, self.banned, self.logits_chunk_size)
-        log_probs = chunked_log_probs(states, input_ids[:, -num_response:][valid], *head)
-        log_probs = log_probs.new_zeros(response_mask.shape).masked_scatter(valid, log_probs)
+        log_probs = chunked_log_probs(states, packed.targets, *head)
+        log_probs = log_probs.new_zeros(valid.shape).masked_scatter(valid, log_probs)
         result = {"log_probs": log_probs if anchor is None else log_probs + anchor}
         place = torch.cumsum(valid.flatten(), 0).view(valid.shape) - 1  # of each valid token among the states
         for name, wanted in (exact or {}).items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from verl.models.packing import Packed
 from verl.models.policy import response_states
 
 
@@ -23,22 +24,12 @@ class ValueModel(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        position_ids: torch.Tensor,
-        response_mask: torch.Tensor,
-        images: dict[str, torch.Tensor] | None,
-        image_owner: list[int],
-    ) -> torch.Tensor:
-        """Values [B, R] float32: what the critic expects before each response token, 0 where `response_mask` is 0.
+    def forward(self, packed: Packed, images: dict[str, torch.Tensor] | None) -> torch.Tensor:
+        """Values [B, R] float32: what the critic expects before each response token, 0 outside `packed.valid`.
 
         Args as in PolicyModel.forward.
         """
-        tokens = (input_ids, attention_mask, position_ids)
-        states, anchor = response_states(self.inner, *tokens, response_mask.shape[1], images, image_owner)
-        valid = response_mask.bool()
-        values = self.value_head(states[valid].float()).squeeze(-1)
-        values = values.new_zeros(valid.shape).masked_scatter(valid, values)
+        states, anchor = response_states(self.inner, packed, images)
+        values = self.value_head(states.float()).squeeze(-1)
+        values = values.new_zeros(packed.valid.shape).masked_scatter(packed.valid, values)
         return values if anchor is None else values + anchor

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 
 from verl.config.worker import FSDPConfig, ModelConfig
+from verl.models.attention import use_segments
 from verl.models.families import family_of
 from verl.models.loading import load_model, resolve_dtype
 from verl.models.lora import add_adapter
@@ -48,6 +49,7 @@ def build_sharded(
         model.trust_remote_code,
         empty=dist.get_rank() != 0,
     )
+    use_segments(inner)
     if model.enable_gradient_checkpointing:
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if model.freeze_vision_tower:

@@ -6,11 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from verl.algorithms.losses.compose import Denominators, reduce_values
 from verl.algorithms.losses.value import value_loss
-from verl.columns import TOKENS
 from verl.config.worker import CriticConfig
 from verl.metrics.bag import MetricBag
 from verl.models.forward import model_inputs
@@ -84,7 +82,5 @@ class DataParallelCritic:
         (loss * dist.get_world_size()).backward()
 
     def _forward(self, rows: DataProto) -> torch.Tensor:
-        """Values [B, R]. The model sees as many response columns as the longest response has."""
-        seen = rows.select([*TOKENS, "mm_inputs"])
-        values = self.model(**model_inputs(seen, self.device))
-        return F.pad(values, (0, rows["response_mask"].shape[1] - values.shape[1]))
+        """Values [B, R]."""
+        return self.model(**model_inputs(rows, self.device))

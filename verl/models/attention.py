@@ -1,0 +1,93 @@
+"""Attention over packed rows (`verl.models.packing`), in transformers' `AttentionInterface` as `segments`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface
+
+from verl.models.packing import Segments
+
+NAME = "segments"
+
+
+def use_segments(inner: nn.Module) -> None:
+    """Let the language model of the Hugging Face model `inner` attend by segments; its vision tower stays as it is."""
+    inner.config.get_text_config()._attn_implementation = NAME
+
+
+def segment_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    segments: Segments,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a packed row of T tokens.
+
+    Args:
+        query: [1, H, T, D].
+        key, value: [1, K, T, D] with H a multiple of K.
+
+    Returns:
+        [1, T, H, D].
+    """
+    if sliding_window is not None:
+        raise ValueError(
+            f"{type(module).__name__} has a sliding window of {sliding_window} tokens, which is not supported"
+        )
+    attend = _by_length if query.is_cuda else _by_bucket
+    return attend(query[0], key[0], value[0], segments, scaling)[None], None
+
+
+AttentionInterface.register(NAME, segment_attention)
+
+
+def _by_bucket(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None
+) -> torch.Tensor:
+    """[T, H, D] by SDPA over equal shapes, where there is no attention over variable lengths."""
+    repeats = query.shape[0] // key.shape[0]
+    key, value = (tensor.repeat_interleave(repeats, dim=0) if repeats > 1 else tensor for tensor in (key, value))
+    found = []
+    for bucket in segments.buckets:
+        q, k, v = (tensor[:, bucket.prefixes].transpose(0, 1) for tensor in (query, key, value))  # [G, H, P, D]
+        found.append(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling).transpose(1, 2).flatten(0, 1)
+        )
+        if not len(bucket.responses):
+            continue
+        own_q, own_k, own_v = (tensor[:, bucket.responses].transpose(0, 1) for tensor in (query, key, value))
+        seen_k, seen_v = (torch.cat([p[bucket.owner], own], dim=2) for p, own in ((k, own_k), (v, own_v)))
+        answer = F.scaled_dot_product_attention(own_q, seen_k, seen_v, attn_mask=bucket.mask, scale=scaling)
+        found.append(answer.transpose(1, 2)[bucket.valid])
+    return torch.cat(found)[segments.order]
+
+
+def _by_length(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None
+) -> torch.Tensor:
+    """[T, H, D] in one call for all segments: causal, aligned to the end of the keys."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    q = query.transpose(0, 1)
+    k, v = (tensor[:, segments.keys].transpose(0, 1) for tensor in (key, value))
+    longest = segments.longest
+    return varlen_attn(
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        segments.query_ends,
+        segments.key_ends,
+        *longest,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
