@@ -25,7 +25,6 @@ from papo.tools.doctor.memory import (
     gathered_term,
     gradient_terms,
     logits_term,
-    mask_term,
     offloaded,
     optimizer_step_terms,
     pass_terms,
@@ -148,17 +147,14 @@ def test_activations_of_the_7b_model(shape_7b):
     block = 2 * (4 * 18944 + 8 * 3584) + 8 * 3584
     vision_block = 2 * (4 * 3420 + 11 * 1280) + 8 * 1280
     moment, vision_moment = 2 * (3 * 18944 + 3584), 2 * (3 * 3420 + 7 * 1280)
-    text, vision, pixels, mask = activation_terms(shape_7b, LOAD)
+    text, vision, pixels = activation_terms(shape_7b, LOAD)
     assert text.bytes == tokens * (28 * 2 * 3584 + block + moment) == 27_481_079_808
     assert vision.bytes == patches * (32 * 2 * 1280 + vision_block + vision_moment)
     assert pixels.bytes == patches * 1176 * 6
-    assert mask.bytes == 8 * 6144**2 * 3
-    text, vision, _, mask = activation_terms(shape_7b, replace(LOAD, checkpointing=False))
+    text, vision, _ = activation_terms(shape_7b, replace(LOAD, checkpointing=False))
     assert text.bytes == tokens * (28 * block + moment)
     assert vision.bytes == patches * (32 * vision_block + vision_moment)
-    assert mask.bytes == 8 * 6144**2 * (1 + 28 * 2)
     assert activation_terms(shape_7b, replace(LOAD, frozen_vision=True))[1].bytes == 0
-    assert mask_term(8, replace(LOAD, masked=False), 1).bytes == 0
 
 
 def test_logits_and_passes(shape_7b):

@@ -68,7 +68,7 @@ class ModelConfig:
 
     model_path: str = option(MISSING, "Hugging Face folder or hub name")
     trust_remote_code: bool = option(False, "run code from the model's folder")
-    attn_implementation: str = option("sdpa", "attention of transformers")
+    attn_implementation: str = option("sdpa", "attention of the vision tower and of the engine hf")
     enable_gradient_checkpointing: bool = option(True, "compute activations again in backward: less memory, more time")
     freeze_vision_tower: bool = option(False, "do not train the vision tower")
     lora: LoRAConfig = field(default_factory=LoRAConfig)

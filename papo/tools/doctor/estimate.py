@@ -93,7 +93,6 @@ def load_of(
         frozen_vision=actor.model.freeze_vision_tower or (shape.adapter > 0 and not actor.model.lora.vision_tower),
         reshard=actor.fsdp.reshard_after_forward,
         min_block=actor.fsdp.min_block_params,
-        masked=actor.model.attn_implementation == "sdpa",
         kept=weight_bytes(actor.optim),
         offload=actor.fsdp.cpu_offload and device == "cuda",
     )

@@ -43,9 +43,6 @@ def check_memory_fit(case: Case) -> Iterator[Finding]:
         yield level(phase.name, text, advice(case, shapes, phase))
     yield from _judge_cache(case, found, shapes[0])
     yield from _judge_offloaded(case, found)
-    if case.config.worker.actor.model.attn_implementation == "eager":
-        text = f"attn_implementation=eager keeps {shapes[0].text.heads} heads x tokens^2, which the table leaves out"
-        yield warning("memory", text, f"{ACTOR}.model.attn_implementation=sdpa")
 
 
 def check_images_of_step(case: Case) -> Iterator[Finding]:

@@ -25,7 +25,7 @@ class Load:
 
     `width` is the bytes of a value in compute dtype. `update_rows` and `pass_rows` are responses per micro-batch,
     `update_views` how many looks at them one forward takes, `patches` the image patches of a row at most.
-    `masked` says that attention gets a mask [rows, tokens, tokens], as SDPA does for padded rows. `kept` is the bytes
+    `kept` is the bytes
     of a weight, a gradient and an optimizer state, float32 whatever the compute dtype, or bfloat16 and then one state
     more; `offload` says that all these are in main memory.
     """
@@ -44,7 +44,6 @@ class Load:
     frozen_vision: bool = False
     reshard: bool = True
     min_block: int = 0
-    masked: bool = True
     kept: int = FLOAT
     offload: bool = False
 
@@ -178,13 +177,7 @@ def activation_terms(shape: Shape, load: Load) -> list[Term]:
         terms.append(Term(f"activations, {name}", count * (tower.layers * each + extra), how))
     images = patches * shape.pixels * (FLOAT + load.width)
     terms.append(Term("pixels", images, f"{patches} patches x {shape.pixels} values"))
-    return [*terms, mask_term(rows, load, 1 if load.checkpointing else shape.text.layers)]
-
-
-def mask_term(rows: int, load: Load, copies: int) -> Term:
-    """The boolean mask, and the copy in compute dtype that each attention layer makes and keeps."""
-    each = 1 + copies * load.width if load.masked else 0
-    return Term("attention mask", rows * load.length**2 * each, f"{rows} rows x {load.length}^2 x {each} bytes")
+    return terms
 
 
 def logits_term(shape: Shape, load: Load, grad: bool) -> Term:
@@ -205,7 +198,6 @@ def pass_terms(shape: Shape, load: Load, reshard: bool) -> list[Term]:
         gathered_term(shape, load, reshard),
         Term("one block", max(in_text, in_vision), how),
         Term("pixels", images, f"{patches} patches x {shape.pixels} values"),
-        mask_term(load.pass_rows, load, 1),
         logits_term(shape, load, False),
     ]
 
