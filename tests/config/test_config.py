@@ -275,7 +275,7 @@ def test_the_engine_is_vllm_where_it_is_installed_and_a_missing_one_is_refused(c
         with caplog.at_level(logging.INFO, logger="verl"):
             check(config)
         assert config.worker.rollout.name == name and f"rollout engine: {name}" in caplog.text
-    with pytest.raises(ValueError, match="worker.rollout.name=vllm, and vLLM is not installed: run .*install.sh"):
+    with pytest.raises(ValueError, match="worker.rollout.name=vllm, and vllm is not installed: run .*install.sh"):
         check(preset("papo_grpo", "worker.rollout.name=vllm"))
 
 

@@ -61,7 +61,10 @@ def _in_one_line(error: Exception, name: str, overrides: Sequence[str]) -> str:
             return f"there is no {place} '{option}': {nearest(option, sorted(GROUPS[place]))}"
     reason = (getattr(error.__cause__ or error, "msg", None) or str(error.__cause__ or error)).splitlines()[0]
     entries = [override for override in overrides if "@" in override.partition("=")[0]]  # of groups: they add keys
-    known = _leaves(OmegaConf.to_container(compose(name, overrides=entries), resolve=False))
+    try:
+        known = _leaves(OmegaConf.to_container(compose(name, overrides=entries), resolve=False))
+    except (HydraException, OmegaConfBaseException):  # the preset itself is at fault
+        return reason
     for override in overrides:
         key, given, _ = override.lstrip("+~").partition("=")
         if given and "@" not in key and key not in known and not any(k.startswith(f"{key}.") for k in known):
