@@ -64,7 +64,7 @@ def _in_one_line(error: Exception, name: str, overrides: Sequence[str]) -> str:
     try:
         known = _leaves(OmegaConf.to_container(compose(name, overrides=entries), resolve=False))
     except (HydraException, OmegaConfBaseException):  # the preset itself is at fault
-        return reason
+        return " ".join(text.split())
     for override in overrides:
         key, given, _ = override.lstrip("+~").partition("=")
         if given and "@" not in key and key not in known and not any(k.startswith(f"{key}.") for k in known):
