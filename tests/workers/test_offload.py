@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText
 
 from tests.fakes.actors import on_ranks
 from tests.fakes.rollouts import make_batch
+from verl.algorithms.losses.compose import coefficients
 from verl.config.compose import compose_config
 from verl.workers.model_worker import ActorWorker, CriticWorker, ReferenceWorker
 
@@ -37,7 +38,8 @@ def _train(rank: int, assets: Path, out: str, overrides: list[str]) -> dict[str,
     worker = ActorWorker("actor", config, rank, 2, "cpu", 1)
     worker.build(total_updates=2)
     rows = make_batch(assets).chunk(2)[rank]
-    metrics = [worker.update_policy(rows, 1, step, 2, 1.0).result() for step in (1, 2)]
+    coefs = coefficients(worker.actor.terms, 1, 2)
+    metrics = [worker.update_policy(rows, 1, coefs).result() for _ in range(2)]
     worker.send_through("object_store")
     sent = {}
     for layout in worker.plan_weights():
