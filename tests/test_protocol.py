@@ -24,8 +24,8 @@ def proto(rows: int = 6) -> DataProto:
 def test_indexing_splitting_and_joining_keep_rows_together():
     batch = proto()
     assert batch.rows(torch.tensor([4, 1]))["uid"].tolist() == ["u4", "u1"]
-    assert [len(p) for p in batch.split(4)] == [4, 2] and [len(p) for p in batch.chunk(3)] == [2, 2, 2]
-    joined = DataProto.concat(batch.split(4))
+    assert [len(p) for p in batch.split([4, 2])] == [4, 2] and [len(p) for p in batch.chunk(3)] == [2, 2, 2]
+    joined = DataProto.concat(batch.split([4, 2]))
     assert torch.equal(joined["b"], batch["b"]) and joined["uid"].tolist() == batch["uid"].tolist()
     assert batch.rows(torch.tensor([True, False] * 3))["a"].tolist() == [0, 2, 4]
     assert batch.repeat_interleave(2)["a"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -96,9 +97,11 @@ class DataProto:
         size = len(self) // parts
         return [self.rows(slice(i * size, (i + 1) * size)) for i in range(parts)]
 
-    def split(self, size: int) -> list[DataProto]:
-        """Consecutive pieces of `size` rows, the last one shorter where it does not divide."""
-        return [self.rows(slice(start, start + size)) for start in range(0, len(self), size)]
+    def split(self, sizes: Sequence[int]) -> list[DataProto]:
+        """Consecutive pieces of these sizes; raises ValueError where they do not make up the whole."""
+        if sum(sizes) != len(self):
+            raise ValueError(f"{len(self)} rows cannot be cut into pieces of {list(sizes)}")
+        return [self.rows(slice(end - size, end)) for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
     @staticmethod
     def concat(parts: Sequence[DataProto]) -> DataProto:

@@ -105,7 +105,7 @@ def test_the_batch_arithmetic_in_words():
     words = compute_sizes(config).in_words()
     assert "384 prompts x 5 responses = 1920 responses" in words
     assert "384 prompts / 128 prompts per update = 3" in words
-    assert "640 responses / 4 rank(s) = 160 per rank, in 40 micro-batch(es) of at most 4" in words
+    assert "640 responses on 4 rank(s), in micro-batches of at most 16384 computed tokens" in words
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_unknown_presets_and_missing_values_are_named():
     ("overrides", "message"),
     [
         (["worker.actor.global_batch_size=100"], "not a multiple of worker.actor.global_batch_size=100.*Try .*=96"),
-        (["trainer.n_gpus_per_node=7"], "640 responses, which 7 ranks .* cannot share equally"),
+        (["trainer.n_gpus_per_node=8", "trainer.nnodes=100"], "640 responses, fewer than the 800 ranks"),
         (["worker.rollout.n=1"], "worker.rollout.n=1: grpo compares"),
         (["worker.rollout.n=1", "algorithm.adv_estimator=rloo"], "worker.rollout.n=1: rloo compares"),
         (["worker.rollout.temperature=0"], "worker.rollout.temperature=0.0: a value above 0"),
@@ -151,7 +151,7 @@ def test_unknown_presets_and_missing_values_are_named():
             "val_override_config.temperature=0 takes the likeliest token, so its n=4 .*val_override_config.n=1",
         ),
         (["worker.actor.optim.lr_warmup_ratio=1.5"], "optim.lr_warmup_ratio=1.5: a value from 0 to 1"),
-        (["worker.actor.micro_batch_size_per_device_for_update=0"], "for_update=0: a value above 0"),
+        (["worker.actor.max_tokens_per_micro_batch=0"], "max_tokens_per_micro_batch=0: a value above 0"),
         (["worker.actor.model.lora.rank=-1"], "lora.rank=-1: 0 or more"),
         (["worker.actor.model.lora.alpha=0"], "lora.alpha=0: a value above 0"),
         (["worker.actor.model.lora.target_modules=[]"], "lora.target_modules=.*all-linear, or a list of names"),

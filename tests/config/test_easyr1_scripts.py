@@ -63,7 +63,6 @@ SAME = """
     data.max_response_length data.rollout_batch_size data.val_batch_size data.format_prompt data.shuffle data.seed
     data.min_pixels data.max_pixels data.filter_overlong_prompts algorithm.adv_estimator algorithm.online_filtering
     algorithm.filter_key algorithm.filter_low algorithm.filter_high worker.actor.global_batch_size
-    worker.actor.micro_batch_size_per_device_for_update worker.actor.micro_batch_size_per_device_for_experience
     worker.actor.max_grad_norm worker.actor.model.model_path worker.actor.model.trust_remote_code
     worker.actor.model.enable_gradient_checkpointing worker.actor.model.freeze_vision_tower
     worker.actor.model.lora.rank worker.actor.model.lora.alpha worker.actor.model.lora.target_modules
@@ -88,7 +87,10 @@ def expected(old: dict[str, Any]) -> dict[str, Any]:
     values |= {
         f"worker.rollout.val_override_config.{n}": v for n, v in old["worker.rollout.val_override_config"].items()
     }
+    rows = old["worker.actor.micro_batch_size_per_device_for_update"]
     return values | {
+        "worker.actor.max_tokens_per_micro_batch": rows
+        * (old["data.max_prompt_length"] + old["data.max_response_length"]),
         "algorithm.terms.policy.kind": policy,
         "algorithm.terms.ref_kl.coef": kl if in_loss else None,
         "algorithm.terms.ref_kl.kind": "ref_kl" if in_loss and kl is not None else None,

@@ -40,10 +40,11 @@ def test_the_page_is_what_the_command_makes(monkeypatch):
     assert (REPOSITORY / "configs/KEYS.md").read_text() == as_markdown(reference())
 
 
-def test_the_reference_of_a_part():
+def test_the_reference_of_a_part(monkeypatch):
     found = {key.key: key for key in reference("worker.rollout")}
     assert found["worker.rollout.top_p"].values == "number, a value above 0 and at most 1"
     assert found["worker.rollout.seed"].default == "${trainer.seed}" and "data.seed" not in found
+    monkeypatch.setenv("COLUMNS", "120")
     text = as_text(reference("algorithm.terms.NAME.estimator"))
     assert "algorithm.terms.NAME.estimator = k3  [term: perception_kl]" in text and "k1, k2, k3, full" in text
 

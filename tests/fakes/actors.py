@@ -23,7 +23,8 @@ from verl.algorithms.losses.entropy import EntropyTermConfig
 from verl.algorithms.losses.policy import PolicyTermConfig
 from verl.algorithms.losses.ref_kl import RefKLTermConfig
 from verl.algorithms.requirements import find_requirements
-from verl.config.algorithm import LossAverage, LossTermConfig, OldLogProbs
+from verl.columns import view_column
+from verl.config.algorithm import LossTermConfig, OldLogProbs
 from verl.config.worker import ActorConfig, ComputeDtype, FSDPConfig, ModelConfig
 from verl.data.vision import load_special_tokens
 from verl.metrics.bag import MetricBag
@@ -31,10 +32,11 @@ from verl.models.policy import PolicyModel
 from verl.plugins import load_plugins
 from verl.protocol import DataProto
 from verl.workers.fsdp.wrap import build_sharded, whole
-from verl.workers.training.dp_actor import DataParallelActor
+from verl.workers.training.dp_actor import DataParallelActor, compute_log_probs
 
 CPU = torch.device("cpu")
 MAX_RESPONSE_LENGTH = 10
+WHOLE = 10**6  # tokens of a micro-batch that everything fits into
 TIMEOUT = timedelta(minutes=2)  # ranks that have lost each other should fail, not hang
 
 
@@ -78,7 +80,7 @@ def build_actor(
     dtype = options.pop("dtype", torch.float32)
     temperature = options.pop("temperature", 1.0)
     old_log_probs = options.pop("old_log_probs", OldLogProbs.auto)
-    config = ActorConfig(**{"max_grad_norm": 1e9, "micro_batch_size_per_device_for_update": 100, **options})
+    config = ActorConfig(**{"max_grad_norm": 1e9, "max_tokens_per_micro_batch": WHOLE, **options})
     banned = load_special_tokens(str(model)).banned
     wrap = partial(PolicyModel, banned=banned, temperature=temperature, logits_chunk_size=config.logits_chunk_size)
     policy = build_sharded(model_config, fsdp, wrap, CPU, dtype)
@@ -99,7 +101,17 @@ def build_actor(
 
 def update(actor: DataParallelActor, batch: DataProto, mini_batches: int = 1) -> MetricBag:
     """The updates of a step with the coefficients of the config; this rank's metrics."""
-    return actor.update_policy(batch, mini_batches, coefficients(actor.terms, 1, 1))
+    return actor.update_policy(batch, even(batch, mini_batches), coefficients(actor.terms, 1, 1))
+
+
+def even(batch: DataProto, mini_batches: int) -> list[int]:
+    """Rows of each of equally large mini-batches."""
+    return [len(batch) // mini_batches] * mini_batches
+
+
+def log_probs(policy: PolicyModel, batch: DataProto, view: str = "", budget: int = WHOLE) -> torch.Tensor:
+    """Log-probs [B, R] of a pass without gradient."""
+    return compute_log_probs(policy, batch, [view], budget, CPU)[view_column(view, "log_probs")]
 
 
 def weights(actor: DataParallelActor) -> dict[str, torch.Tensor]:
@@ -114,7 +126,7 @@ def gradient(model: Path, batch: DataProto, **options: Any) -> tuple[dict[str, t
     schedule = [options.pop(name, default) for name, default in (("step", 1), ("total_steps", 1), ("scale", 1.0))]
     actor = build_actor(model, **options)
     before = weights(actor)
-    metrics = actor.update_policy(batch, mini_batches, coefficients(actor.terms, *schedule))
+    metrics = actor.update_policy(batch, even(batch, mini_batches), coefficients(actor.terms, *schedule))
     after = weights(actor)
     return {name: before[name] - after[name] for name in before}, metrics.result()
 
@@ -135,4 +147,7 @@ def _rank(rank: int, world_size: int, folder: str, function: Callable, arguments
         torch.save(function(rank, *arguments), os.path.join(folder, f"{rank}.pt"))
 
 
-__all__ = ["LossAverage", "build_actor", "gradient", "on_ranks", "papo_terms", "process_group", "update", "weights"]
+__all__ = [
+    *("LossAverage", "build_actor", "even", "gradient", "log_probs", "on_ranks", "papo_terms", "process_group"),
+    *("update", "weights"),
+]

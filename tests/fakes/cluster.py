@@ -15,6 +15,7 @@ import torch
 from tests.fakes.rollouts import make_batch
 from tests.fakes.rows import row
 from verl.algorithms.losses.compose import build_terms, coefficients
+from verl.columns import ORIGINAL
 from verl.config.compose import compose_config
 from verl.config.config import Config
 from verl.data.collate import PromptCollator
@@ -26,6 +27,7 @@ from verl.single_controller.rollout_group import RolloutGroup
 from verl.single_controller.worker_group import ActorGroup
 from verl.workers.rollout.base import SamplingParams
 from verl.workers.rollout.worker import RolloutWorker
+from verl.workers.training.balance import Share
 
 # Prompts with no, one and two images.
 MIXED = [row(), row("How much is 1+1? Think.", images=0), row("<image>+<image>", images=2, width=84), row("<image>?")]
@@ -50,8 +52,18 @@ class Cluster:
     def train(self, assets: Path, updates: int = 3) -> None:
         """Move every weight of the actor, by real updates."""
         coefs = coefficients(build_terms(self.config.algorithm.terms), 1, 1)
+        batch = make_batch(assets)
+        self._hand_out(batch)
         for _ in range(updates):
-            self.actor.update_policy(make_batch(assets), 1, coefs)
+            self.actor.update_policy(DataProto(batch.tensors), coefs)
+
+    def log_probs(self, batch: DataProto) -> torch.Tensor:
+        """The trainer's log-probs [B, R]."""
+        self._hand_out(batch)
+        return self.actor.compute_log_probs(ORIGINAL)["log_probs"]
+
+    def _hand_out(self, batch: DataProto) -> None:
+        self.actor.take_rows([ray.put(batch)], [Share(torch.arange(len(batch)), [len(batch)])])
 
     def generate(self, prompts: DataProto, sampling: list[SamplingParams]) -> DataProto:
         return self.rollout.result(self.rollout.generate(prompts, sampling))

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tests.fakes.actors import CPU, MAX_RESPONSE_LENGTH
+from tests.fakes.actors import CPU, MAX_RESPONSE_LENGTH, WHOLE
 from verl.config.worker import ComputeDtype, CriticConfig, FSDPConfig, ModelConfig
 from verl.models.value import ValueModel
 from verl.protocol import DataProto
@@ -32,8 +32,7 @@ def build_critic(
         **{
             "max_grad_norm": 1e9,
             "cliprange_value": CLIP,
-            "micro_batch_size_per_device_for_update": 100,
-            "micro_batch_size_per_device_for_experience": 3,
+            "max_tokens_per_micro_batch": WHOLE,
             **options,
         }
     )

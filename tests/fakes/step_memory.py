@@ -20,7 +20,7 @@ from verl.data.vision import VisionProcessor
 from verl.models.forward import model_inputs
 from verl.protocol import DataProto
 
-PROMPTS, RANKS, MICRO_BATCH = 2, 2, 2
+PROMPTS, RANKS = 2, 2
 
 
 def memory(field: str) -> int:
@@ -44,7 +44,7 @@ def main(model: str, n: int) -> None:
     columns = ["input_ids", "attention_mask", "position_ids", "response_mask", "mm_inputs", "masked_mm_inputs"]
     for shard in rows.select(columns).chunk(RANKS):
         own = loads(dumps(shard, protocol=5))
-        for part in own.split(MICRO_BATCH):
+        for part in own.chunk(len(own) // 2):
             masked = DataProto(part.tensors, {"mm_inputs": part.objects["masked_mm_inputs"]})
             assert model_inputs(part, torch.device("cpu"))["images"] is not None
             assert model_inputs(masked, torch.device("cpu"))["images"] is not None

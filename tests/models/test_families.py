@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config
 
 from papo.corruption.patches import RandomPatchConfig
-from tests.fakes.actors import build_actor, gradient, on_ranks, process_group, update, weights
+from tests.fakes.actors import build_actor, gradient, log_probs, on_ranks, process_group, update, weights
 from tests.fakes.critics import build_critic, plain_values
 from tests.fakes.families import MODELS, VISION
 from tests.fakes.rollouts import make_batch
@@ -30,7 +30,6 @@ from verl.protocol import DataProto
 from verl.workers.fsdp.export import save_huggingface
 from verl.workers.rollout.base import SamplingParams
 from verl.workers.rollout.hf_engine import HFEngine
-from verl.workers.training.dp_actor import compute_log_probs
 
 SIZES = [[], [(28, 28)], [(84, 56)], [(56, 140), (28, 28), (112, 84)]]
 
@@ -106,7 +105,7 @@ def test_log_probs_of_a_mixed_padded_batch_are_those_of_each_row_alone(case, one
     found = {}
     for images in views:
         view = images.removesuffix("mm_inputs").rstrip("_")
-        found[images] = compute_log_probs(actor.policy, case.batch, view, 100, actor.device)
+        found[images] = log_probs(actor.policy, case.batch, view)
         for row in range(len(case.batch)):
             if images == "mm_inputs" or case.batch["masked_rows"][row]:
                 expected = plain_log_probs(case, plain, row, images)
@@ -167,7 +166,7 @@ def test_a_frozen_vision_tower_stays(families, model_type, one_rank):
 def test_bfloat16_and_gradient_checkpointing_as_in_real_runs(case, one_rank):
     options = {"terms": TERMS, "live": False, "enable_gradient_checkpointing": True}
     exact, rounded = build_actor(case.model), build_actor(case.model, compute_dtype="bfloat16", **options)
-    reference, found = (compute_log_probs(a.policy, case.batch, "", 100, a.device) for a in (exact, rounded))
+    reference, found = (log_probs(a.policy, case.batch) for a in (exact, rounded))
     assert 0 < (found - reference).abs().max() < 0.2
     assert update(rounded, case.batch, 1).result()["actor/skipped_frac"] == 0
     plain, _ = gradient(case.model, case.batch, terms=TERMS, live=False)
@@ -194,7 +193,7 @@ def test_hf_engine_and_trainer_agree(case, one_rank):
     responses = engine.generate(prompts, [replace(request, seed=i) for i in range(4)])
     actor = build_actor(case.model, temperature=0.8)
     batch = join_responses(prompts, responses, 3)
-    trainer = compute_log_probs(actor.policy, batch, "", 100, actor.device)
+    trainer = log_probs(actor.policy, batch)
     assert responses["response_mask"].sum() > 30
     assert (trainer - responses["rollout_log_probs"]).abs().max() < 1e-4
 
@@ -203,7 +202,7 @@ def test_an_exported_policy_loads_in_plain_transformers(case, one_rank, tmp_path
     actor = build_actor(case.model, terms=TERMS, live=False, lr=0.1)
     update(actor, case.batch, 1)
     save_huggingface(actor.policy, ModelConfig(str(case.model)), str(tmp_path / "saved"))
-    trained = compute_log_probs(actor.policy, case.batch, "", 100, actor.device)
+    trained = log_probs(actor.policy, case.batch)
     plain = case.plain(tmp_path / "saved")
     for row in (0, 4, 7):
         expected = plain_log_probs(case, plain, row)

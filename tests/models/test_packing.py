@@ -8,14 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.fakes.actors import build_actor, process_group
+from tests.fakes.actors import build_actor, log_probs, process_group
 from tests.fakes.rollouts import make_batch
 from verl.models import attention
 from verl.models.attention import segment_attention
 from verl.models.families.base import Images
 from verl.models.forward import model_inputs
 from verl.models.packing import Packed, pack
-from verl.workers.training.dp_actor import compute_log_probs
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 6, 7], [5, 6, 7], [8], [5, 6, 7], [8], [9, 9]]
@@ -117,7 +116,7 @@ def test_one_response_changes_no_other_bit_for_bit(assets):
     changed = batch.with_columns({"input_ids": tokens})
     with process_group():
         policy = build_actor(assets / "model").policy
-        before, after = (compute_log_probs(policy, rows, "", 100, CPU) for rows in (batch, changed))
+        before, after = (log_probs(policy, rows) for rows in (batch, changed))
     others = torch.arange(len(batch)) != 1
     assert torch.equal(before[others], after[others]) and (before[1] != after[1]).sum() > 1
 

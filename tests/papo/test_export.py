@@ -26,6 +26,7 @@ from verl.config.compose import compose_config
 from verl.data.collate import PromptCollator
 from verl.data.dataset import PromptDataset
 from verl.data.vision import VisionProcessor, load_special_tokens
+from verl.protocol import DataProto
 from verl.tracking.run_info import settings
 from verl.workers.model_worker import ActorWorker
 from verl.workers.rollout.base import SamplingParams
@@ -57,7 +58,9 @@ def train(rank: int, assets: Path, model: Path, run: Path) -> dict[str, torch.Te
     for step in (2, 4):
         for _ in range(2):
             coefs = coefficients(build_terms(config.algorithm.terms), step, 4)
-            worker.update_policy(make_batch(assets).chunk(world)[rank], 1, coefs)
+            rows = make_batch(assets).chunk(world)[rank]
+            worker.take_rows(rows, [len(rows)])
+            worker.update_policy(DataProto(rows.tensors), coefs)
         if rank == 0:
             os.mkdir(os.path.join(folder.begin(step), "actor"))
         dist.barrier()

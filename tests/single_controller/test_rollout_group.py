@@ -69,7 +69,7 @@ def test_after_a_sync_every_replica_has_the_trained_weights(cluster, assets, car
     new = generate(cluster, prompts, sampling)
     assert (new["weight_version"] == version + 1).all() and (old["weight_version"] == version).all()
     batch = join_responses(prompts, new, 3)
-    trainer = cluster.actor.compute_log_probs(batch.select([*TOKENS, "mm_inputs"]))["log_probs"]
+    trainer = cluster.log_probs(batch.select([*TOKENS, "mm_inputs"]))
     assert (trainer - new["rollout_log_probs"]).abs().max() < 1e-4
     width = min(old["responses"].shape[1], new["responses"].shape[1])
     assert not torch.equal(old["responses"][:, :width], new["responses"][:, :width])
@@ -114,7 +114,7 @@ def test_a_replica_that_dies_in_the_middle_of_a_sync_gets_the_weights_afterwards
     assert killed and killed[0] not in cluster.rollout.process_ids()
     found = generate(cluster, prompts, sampling)
     batch = join_responses(prompts, found, 3).select([*TOKENS, "mm_inputs"])
-    trainer = cluster.actor.compute_log_probs(batch)["log_probs"]
+    trainer = cluster.log_probs(batch)
     assert (trainer - found["rollout_log_probs"]).abs().max() < 1e-4
 
 

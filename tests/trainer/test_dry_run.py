@@ -88,22 +88,24 @@ def test_other_families(families, model_type):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "n", "update", "experience", "prompts"),
+    ("ranks", "budget", "prompts"),
     [
-        (1, 3, 4, 4, 2),  # 4 rows take 2 prompts
-        (2, 3, 4, 6, 4),  # 12 rows on 2 ranks
-        (2, 3, 1, 1, 2),  # 1 prompt makes 3 rows, which 2 ranks cannot share
-        (2, 3, 64, 64, 6),  # never more than a real update has
+        (1, 200, 2),  # of 400 tokens each; a pass without gradient takes 800
+        (1, 201, 3),
+        (2, 200, 4),
+        (2, 1, 2),  # one for each rank
+        (2, 10**6, 6),  # never more than a real update has
     ],
 )
-def test_no_more_prompts_than_fill_every_micro_batch(ranks, n, update, experience, prompts):
+def test_no_more_prompts_than_fill_every_micro_batch(ranks, budget, prompts):
     options = [
         f"trainer.n_gpus_per_node={ranks}",
-        f"worker.rollout.n={n}",
+        "worker.rollout.n=3",
+        "data.max_prompt_length=100",
+        "data.max_response_length=100",
         "data.rollout_batch_size=12",
         "worker.actor.global_batch_size=6",
-        f"worker.actor.micro_batch_size_per_device_for_update={update}",
-        f"worker.actor.micro_batch_size_per_device_for_experience={experience}",
+        f"worker.actor.max_tokens_per_micro_batch={budget}",
         "data.train_files=a",
         "worker.actor.model.model_path=m",
     ]
@@ -124,9 +126,9 @@ def test_the_whole_of_it_from_the_command_line(assets, mixed, caplog, tmp_path, 
         "REWARD_TYPE, calls = 'sequential', []\ndef score(one):\n    calls.append(one)\n    assert len(calls) > 1\n"
         "    return {'overall': 0.0}\n"
     )
-    micro = [f"worker.actor.micro_batch_size_per_device_for_{what}=3" for what in ("update", "experience")]
-    micro += [f"worker.reward.reward_function={reward}:score", "worker.reward.num_workers=1"]
-    main(["--dry-run", "--config-name", "quickstart", *overrides(assets, mixed, *micro, "trainer.n_gpus_per_node=1")])
+    options = [f"worker.reward.reward_function={reward}:score", "worker.reward.num_workers=1"]
+    options += ["worker.actor.max_tokens_per_micro_batch=50", "trainer.n_gpus_per_node=1"]
+    main(["--dry-run", "--config-name", "quickstart", *overrides(assets, mixed, *options)])
     said = caplog.text
     assert (
         "2 steps of 1 prompts with 128 tokens (112 x 112 pixels, 112 x 112 pixels) x 3 responses of 24 tokens" in said

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.run
 def finished(assets, tmp_path_factory) -> tuple[Path, str]:
     output = tmp_path_factory.mktemp("run") / "out"
     logger = "trainer.logger=[console,jsonl,tensorboard]"
-    sizes = "worker.actor.micro_batch_size_per_device_for_update=2"
+    sizes = "worker.actor.max_tokens_per_micro_batch=300"
     done = start(assets, output, sizes, "trainer.val_freq=1", logger)
     assert done.returncode == 0, done.stderr[-4000:]
     return output, done.stdout + done.stderr
@@ -92,7 +92,7 @@ def test_the_same_seed_gives_the_same_numbers_and_an_earlier_run_is_kept(finishe
     """The first run had warm processes (tests/fakes/warm.py) and the tests' Ray; this one has all of its own."""
     output, _ = finished
     first = records(output / "metrics.jsonl")
-    sizes = "worker.actor.micro_batch_size_per_device_for_update=2"
+    sizes = "worker.actor.max_tokens_per_micro_batch=300"
     done = start(assets, output, sizes, "trainer.val_freq=1", "trainer.resume=never", cold=True)
     assert done.returncode == 0, done.stderr[-4000:]
     again = records(output / "metrics.jsonl")

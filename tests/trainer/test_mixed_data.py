@@ -30,7 +30,7 @@ LIVE = {"papo_grpo", "papo_grpo_no_kl_ref", "papo_dapo", "quickstart"}
 
 
 def compose(preset: str, assets: Path, folder: Path) -> Config:
-    """The preset on eight mixed rows, two steps of four prompts, two updates each, a micro-batch per prompt."""
+    """The preset on eight mixed rows, two steps of four prompts, two updates each, a micro-batch per response."""
     task = [] if preset == "quickstart" else ["+task=digits"]
     return compose_config(
         preset,
@@ -43,8 +43,7 @@ def compose(preset: str, assets: Path, folder: Path) -> Config:
             "data.max_response_length=8",
             f"worker.actor.model.model_path={assets / 'model'}",
             "worker.actor.global_batch_size=2",
-            "worker.actor.micro_batch_size_per_device_for_update=3",
-            "worker.actor.micro_batch_size_per_device_for_experience=3",
+            "worker.actor.max_tokens_per_micro_batch=1",
             "worker.actor.optim.lr_warmup_steps=0",
             "worker.rollout.n=3",
             f"worker.reward.reward_function={folder / 'reward.py'}:score",

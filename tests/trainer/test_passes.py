@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from verl.algorithms.requirements import requirements_of
+from verl.columns import view_column
 from verl.config.compose import compose_config
 from verl.metrics.bag import MetricBag
 from verl.metrics.machine import Timings
@@ -30,8 +31,8 @@ def plan_of(preset: str, *overrides: str, updates: int = 1) -> tuple[SimpleNames
     base = ["data.train_files=a", "worker.actor.model.model_path=m", *overrides]
     config = compose_config(preset, base)
 
-    def compute_log_probs(batch, view=""):
-        return DataProto.from_dict({"log_probs": torch.full(batch["response_mask"].shape, TRAINER)})
+    def compute_log_probs(*views):
+        return {view_column(view, "log_probs"): torch.full((2, 3), TRAINER) for view in views}
 
     workers = SimpleNamespace(
         actor=SimpleNamespace(compute_log_probs=compute_log_probs), rollout=SimpleNamespace(version=3)
@@ -47,7 +48,7 @@ def old_log_probs(run: tuple[SimpleNamespace, SimpleNamespace], versions: list[i
     batch = DataProto.from_dict(
         {**tensors, "weight_version": torch.tensor(versions)}, {"mm_inputs": [Images()] * len(ones)}
     )
-    found = run_passes(*run, batch, Timings())
+    found, _ = run_passes(*run, batch, Timings())
     return found["old_log_probs"][:, 0].tolist() if "old_log_probs" in found else None
 
 

@@ -14,6 +14,7 @@ from tests.fakes.actors import (
     MAX_RESPONSE_LENGTH,
     build_actor,
     gradient,
+    log_probs,
     on_ranks,
     papo_terms,
     process_group,
@@ -28,7 +29,6 @@ from verl.algorithms.losses.policy import CISPOTermConfig, GSPOTermConfig, Polic
 from verl.algorithms.losses.ref_kl import RefKLTermConfig
 from verl.config.algorithm import LossAverage, OldLogProbs, ScheduleConfig, Truncation
 from verl.models.families.base import Family
-from verl.workers.training.dp_actor import compute_log_probs
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ FULL = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"micro_batch_size_per_device_for_update": 3, "logits_chunk_size": 4}])
+@pytest.mark.parametrize("options", [{}, {"max_tokens_per_micro_batch": 150, "logits_chunk_size": 4}])
 def test_gradient_of_the_terms_over_the_whole_vocabulary(model, mixed, options):
     found, metrics = gradient(model, mixed, terms=FULL, temperature=0.8, **options)
     assert_same(found, whole_vocabulary(model, mixed), tolerance=1e-5)
@@ -184,7 +184,7 @@ def without_old(batch, rollout=None):
 def test_with_one_update_its_own_log_probs_are_the_old_ones_exactly(model, batch):
     terms = {"policy": PolicyTermConfig(), "ref_kl": RefKLTermConfig(coef=0.3)}
     actor = build_actor(model)
-    old = compute_log_probs(actor.policy, batch, "", 100, actor.device)
+    old = log_probs(actor.policy, batch)
     expected, _ = gradient(model, batch.with_columns({"old_log_probs": old}), terms=terms)
     rollout = (old + 0.01) * batch["response_mask"]
     found, metrics = gradient(model, without_old(batch, rollout), terms=terms)
@@ -217,7 +217,7 @@ def test_every_policy_loss_makes_two_updates_however_the_batch_is_cut(model, bat
     drawn = batch.with_columns({"rollout_log_probs": batch["old_log_probs"] + noise})
     options = {"terms": {"policy": policy}, "mini_batches": 2, "loss_avg_mode": average, "lr": 0.1}
     whole, metrics = gradient(model, drawn, **options)
-    cut, _ = gradient(model, drawn, micro_batch_size_per_device_for_update=1, **options)
+    cut, _ = gradient(model, drawn, max_tokens_per_micro_batch=1, **options)
     assert_same({n: g * 10 for n, g in cut.items()}, {n: g * 10 for n, g in whole.items()}, tolerance=1e-4)
     assert metrics["actor/skipped_frac"] == 0 and 0.5 < metrics["actor/tis_weight"] <= policy.tis_cap
 
@@ -239,14 +239,14 @@ def test_a_scale_moves_maximised_terms_alone(model, batch):
 
 def test_gradient_with_text_only_and_multi_image_rows(model, mixed):
     assert_same(gradient(model, mixed)[0], definition(model, mixed)[0])
-    assert_same(gradient(model, mixed, micro_batch_size_per_device_for_update=1)[0], definition(model, mixed)[0])
+    assert_same(gradient(model, mixed, max_tokens_per_micro_batch=1)[0], definition(model, mixed)[0])
 
 
 @pytest.mark.parametrize("average", list(LossAverage))
-@pytest.mark.parametrize("micro", [1, 2, 3])
-def test_micro_batch_size_does_not_change_gradient_or_metrics(model, batch, average, micro):
+@pytest.mark.parametrize("budget", [1, 100, 200])
+def test_the_token_budget_does_not_change_gradient_or_metrics(model, batch, average, budget):
     whole, metrics = gradient(model, batch, loss_avg_mode=average)
-    cut, cut_metrics = gradient(model, batch, loss_avg_mode=average, micro_batch_size_per_device_for_update=micro)
+    cut, cut_metrics = gradient(model, batch, loss_avg_mode=average, max_tokens_per_micro_batch=budget)
     assert_same(cut, whole)
     for name in ("pg_loss", "perception_kl", "entropy", "masked_entropy", "ref_kl", "clip_frac_high", "grad_norm"):
         assert cut_metrics[f"actor/{name}"] == pytest.approx(metrics[f"actor/{name}"], rel=1e-5), name
@@ -259,7 +259,7 @@ def test_rows_that_were_not_graded_are_as_if_they_were_not_there(model, batch, a
     kept[[0, 2]] = 0
     drawn = batch.with_columns({"rollout_log_probs": torch.randn(batch["old_log_probs"].shape)})
     left_out = without_old(drawn.with_columns({"response_mask": batch["response_mask"] * kept[:, None]}))
-    options = {"loss_avg_mode": average, "micro_batch_size_per_device_for_update": 1}
+    options = {"loss_avg_mode": average, "max_tokens_per_micro_batch": 1}
     expected, smaller = gradient(model, without_old(drawn).rows(kept.bool()), **options)
     found, metrics = gradient(model, left_out, **options)
     assert_same(found, expected)
@@ -268,7 +268,7 @@ def test_rows_that_were_not_graded_are_as_if_they_were_not_there(model, batch, a
 
 def test_order_of_rows_does_not_change_the_gradient(model, batch):
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(3))
-    shuffled, _ = gradient(model, batch.rows(order), micro_batch_size_per_device_for_update=2)
+    shuffled, _ = gradient(model, batch.rows(order), max_tokens_per_micro_batch=100)
     assert_same(shuffled, gradient(model, batch)[0])
 
 
@@ -276,7 +276,7 @@ def test_order_of_rows_does_not_change_the_gradient(model, batch):
 def test_each_term_alone_is_invariant_and_gives_a_gradient(model, batch, name):
     terms = {name: papo_terms()[name]}
     whole, _ = gradient(model, batch, terms=terms)
-    cut, _ = gradient(model, batch, terms=terms, micro_batch_size_per_device_for_update=3)
+    cut, _ = gradient(model, batch, terms=terms, max_tokens_per_micro_batch=150)
     assert_same(cut, whole, tolerance=1e-5)
 
 
@@ -321,8 +321,8 @@ def test_a_frozen_vision_tower_stays(model, batch):
 def test_log_probs_do_not_depend_on_the_micro_batch(model, mixed):
     actor = build_actor(model)
     for view in ("", "masked"):
-        whole = compute_log_probs(actor.policy, mixed, view, 100, actor.device)
-        cut = compute_log_probs(actor.policy, mixed, view, 1, actor.device)
+        whole = log_probs(actor.policy, mixed, view)
+        cut = log_probs(actor.policy, mixed, view, 1)
         torch.testing.assert_close(cut, whole, atol=1e-5, rtol=0)
         assert (whole[mixed["response_mask"] == 0] == 0).all()
 
@@ -348,7 +348,7 @@ def _gradients_of_rank(rank, model, batches, options):
 
 
 def test_two_ranks_give_the_gradient_of_one(model, batch, mixed):
-    options = {"micro_batch_size_per_device_for_update": 3}
+    options = {"max_tokens_per_micro_batch": 150}
     ranks = on_ranks(2, _gradients_of_rank, model, [batch, mixed], options)
     for i, rows in enumerate((batch, mixed)):  # in `mixed` one rank has no image at all
         whole, _ = gradient(model, rows)
@@ -358,8 +358,8 @@ def test_two_ranks_give_the_gradient_of_one(model, batch, mixed):
 
 def test_bfloat16_compute_with_float32_weights_is_close_to_float32(model, batch):
     exact, rounded = build_actor(model), build_actor(model, compute_dtype="bfloat16")
-    reference = compute_log_probs(exact.policy, batch, "masked", 8, exact.device)
-    found = compute_log_probs(rounded.policy, batch, "masked", 8, rounded.device)
+    reference = log_probs(exact.policy, batch, "masked")
+    found = log_probs(rounded.policy, batch, "masked")
     assert found.dtype == torch.float32 and 0 < (found - reference).abs().max() < 0.05
     metrics = update(rounded, batch, 1).result()
     assert metrics["actor/skipped_frac"] == 0

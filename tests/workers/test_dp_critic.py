@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from tests.fakes.actors import MAX_RESPONSE_LENGTH, on_ranks, process_group
+from tests.fakes.actors import MAX_RESPONSE_LENGTH, even, on_ranks, process_group
 from tests.fakes.critics import CLIP, build_critic, plain_values
 from tests.fakes.rollouts import make_batch
 from tests.fakes.rows import row, write_parquet
@@ -39,7 +39,7 @@ def weights(critic: DataParallelCritic) -> dict[str, torch.Tensor]:
 def gradient(model: Path, batch: DataProto, mini_batches: int = 1, **options) -> dict[str, torch.Tensor]:
     critic = build_critic(model, **options)
     before = weights(critic)
-    critic.update_critic(batch, mini_batches)
+    critic.update_critic(batch, even(batch, mini_batches))
     after = weights(critic)
     return {name: before[name] - after[name] for name in before}
 
@@ -99,15 +99,15 @@ def test_the_gradient_is_that_of_the_definition(model, batch, average):
 
 
 @pytest.mark.parametrize("average", list(LossAverage))
-@pytest.mark.parametrize("size", [1, 3])
-def test_the_split_into_micro_batches_does_not_matter(assets, batch, size, average):
-    options = {"loss_avg_mode": average, "micro_batch_size_per_device_for_update": size}
+@pytest.mark.parametrize("budget", [1, 150])
+def test_the_split_into_micro_batches_does_not_matter(assets, batch, budget, average):
+    options = {"loss_avg_mode": average, "max_tokens_per_micro_batch": budget}
     with process_group():
         expected = gradient(assets / "model", batch, loss_avg_mode=average)
         assert_same(gradient(assets / "model", batch, **options), expected, 2e-6)
         cut, whole = build_critic(assets / "model", **options), build_critic(assets / "model", loss_avg_mode=average)
-        metrics = whole.update_critic(batch, 1).result()
-        assert cut.update_critic(batch, 1).result() == pytest.approx(metrics, rel=1e-5)
+        metrics = whole.update_critic(batch, even(batch, 1)).result()
+        assert cut.update_critic(batch, even(batch, 1)).result() == pytest.approx(metrics, rel=1e-5)
     names = ("vf_loss", "vf_clip_frac", "value", "return", "grad_norm", "lr", "skipped_frac")
     assert metrics.keys() == {f"critic/{name}" for name in names}
 
@@ -118,7 +118,7 @@ def test_mini_batches_and_epochs_are_updates_of_their_own(assets, batch):
         critic = build_critic(assets / "model", lr=0.1)
         before = weights(critic)
         for half in batch.chunk(2) * 2:
-            critic.update_critic(half, 1)
+            critic.update_critic(half, even(half, 1))
         after = weights(critic)
     assert critic.schedule.last_epoch == 4
     assert_same(found, {name: before[name] - after[name] for name in before}, 1e-4)
@@ -144,7 +144,7 @@ def test_two_ranks_one_of_them_without_images_have_the_values_and_the_gradient_o
 def test_updates_bring_values_to_their_returns(assets, batch):
     with process_group():
         critic = build_critic(assets / "model", wrap=ValueModel, lr=0.01, cliprange_value=10.0)
-        losses = [critic.update_critic(batch, 1).result()["critic/vf_loss"] for _ in range(6)]
+        losses = [critic.update_critic(batch, even(batch, 1)).result()["critic/vf_loss"] for _ in range(6)]
     assert losses[-1] < 0.97 * losses[0]
 
 
@@ -164,11 +164,11 @@ def test_an_update_that_is_not_finite_is_dropped_and_too_many_end_the_run(assets
     with process_group():
         critic = build_critic(assets / "model", max_skipped_updates=2)
         before = weights(critic)
-        metrics = critic.update_critic(broken, 1).result()
+        metrics = critic.update_critic(broken, even(broken, 1)).result()
         assert metrics["critic/skipped_frac"] == 1 and metrics["critic/nonfinite/value"] == 1
         assert all(torch.equal(before[name], after) for name, after in weights(critic).items())
         with pytest.raises(RuntimeError, match="worker.critic.max_skipped_updates"):
-            critic.update_critic(broken, 1)
+            critic.update_critic(broken, even(broken, 1))
 
 
 def test_value_loss_by_hand():

@@ -5,28 +5,27 @@ from __future__ import annotations
 import torch
 from transformers import AutoModelForImageTextToText
 
-from tests.fakes.actors import build_actor, process_group, update, weights
+from tests.fakes.actors import build_actor, log_probs, process_group, update, weights
 from tests.fakes.rollouts import make_batch
 from verl.config.worker import ModelConfig
 from verl.data.vision import load_special_tokens
 from verl.workers.fsdp.export import save_huggingface
-from verl.workers.training.dp_actor import compute_log_probs
 
 
 def test_a_trained_policy_loads_in_plain_transformers_with_the_same_log_probs(assets, model, tmp_path):
     batch = make_batch(assets)
     with process_group():
         actor = build_actor(model, lr=0.1)
-        start = compute_log_probs(actor.policy, batch, "", 100, actor.device)
+        start = log_probs(actor.policy, batch)
         update(actor, batch, 1)
-        trained = compute_log_probs(actor.policy, batch, "", 100, actor.device)
+        trained = log_probs(actor.policy, batch)
         save_huggingface(actor.policy, ModelConfig(str(model)), str(tmp_path / "saved"))
         sent = weights(actor)
     assert (trained - start).abs().max() > 0.01
     assert load_special_tokens(str(tmp_path / "saved")) == load_special_tokens(str(model))
     with process_group():
         again = build_actor(tmp_path / "saved")
-        found = compute_log_probs(again.policy, batch, "", 100, again.device)
+        found = log_probs(again.policy, batch)
     torch.testing.assert_close(found, trained, atol=1e-6, rtol=0)
 
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved").state_dict()

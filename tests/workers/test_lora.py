@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from tests.fakes.actors import build_actor, on_ranks, process_group, update, weights
+from tests.fakes.actors import build_actor, log_probs, on_ranks, process_group, update, weights
 from tests.fakes.cluster import read_prompts, requests, start_cluster
 from tests.fakes.families import VISION
 from tests.fakes.rollouts import make_batch
@@ -21,7 +21,6 @@ from verl.models.forward import TOKENS
 from verl.models.loading import load_model, outline
 from verl.models.lora import adapter_off, adapter_parameters, find_targets
 from verl.workers.fsdp.export import plain_weights, save_huggingface
-from verl.workers.training.dp_actor import compute_log_probs
 
 LORA = LoRAConfig(rank=4, alpha=8)
 NEEDS_VLLM = pytest.mark.vllm
@@ -39,13 +38,9 @@ def with_adapter(folder, saved, model_type: str) -> torch.nn.Module:
     return PeftModel.from_pretrained(read(folder, model_type), saved / "adapter", is_trainable=True).double()
 
 
-def log_probs(actor, batch) -> torch.Tensor:
-    return compute_log_probs(actor.policy, batch, "", 100, actor.device)
-
-
 def reference(actor, batch) -> torch.Tensor:
     with adapter_off(actor.policy.inner):
-        return log_probs(actor, batch)
+        return log_probs(actor.policy, batch)
 
 
 def plain_log_probs(plain, model, batch, row: int) -> torch.Tensor:
@@ -70,11 +65,11 @@ def _train_on_rank(rank, folders, saved):
         # Both ranks' first mini-batches, then their second; the first rank has no image in either.
         batch = make_batch(folder).chunk(2)[rank]
         actor = build_actor(folder / "model", terms=TERMS, live=False, lr=0.3, lora=LORA)
-        start, start_reference = log_probs(actor, batch), reference(actor, batch)
+        start, start_reference = log_probs(actor.policy, batch), reference(actor, batch)
         initial = weights(actor)
         update(actor, batch, 2)
         result = {"start": start, "start_reference": start_reference, "initial": initial, "moved": weights(actor)}
-        result |= {"trained": log_probs(actor, batch), "reference": reference(actor, batch)}
+        result |= {"trained": log_probs(actor.policy, batch), "reference": reference(actor, batch)}
         result["sent"] = {name: weight.whole() for name, weight in plain_weights(actor.policy.inner).items()}
         save_huggingface(actor.policy, ModelConfig(str(folder / "model")), str(saved / model_type))
         update(actor, batch, 1)
@@ -127,7 +122,7 @@ def test_the_reference_is_the_policy_at_the_start_and_the_original_model_ever_af
         assert (result["trained"] - result["start"]).abs().max() > 0.1
         with process_group():
             original = build_actor(folder / "model")
-            expected = log_probs(original, make_batch(folder).chunk(2)[rank])
+            expected = log_probs(original.policy, make_batch(folder).chunk(2)[rank])
         torch.testing.assert_close(result["reference"], expected, atol=1e-6, rtol=0)
 
 
@@ -207,7 +202,7 @@ def test_adapters_are_float32_over_a_base_in_the_compute_dtype(assets, one_rank,
         for dtype, options in (("bfloat16", {}), ("bfloat16", {"lora": LORA}))
     )
     # The frozen weights are those that float32 weights are cast to for every forward.
-    assert torch.equal(log_probs(exact, batch), log_probs(rounded, batch))
+    assert torch.equal(log_probs(exact.policy, batch), log_probs(rounded.policy, batch))
     assert update(rounded, batch, 1).result()["actor/skipped_frac"] == 0
     for name, weight in weights(rounded).items():
         assert weight.dtype == (torch.float32 if is_adapter(name) else torch.bfloat16), name
@@ -284,7 +279,7 @@ def test_engines_agree_with_the_trainer_after_a_merged_sync(families, ray_cluste
     responses, differences = cluster.generate(prompts, requests(4)), []
     for _ in range(2):
         batch = join_responses(prompts, responses, 3).select([*TOKENS, "mm_inputs"])
-        trainer = cluster.actor.compute_log_probs(batch)["log_probs"]
+        trainer = cluster.log_probs(batch)
         differences.append((trainer - responses["rollout_log_probs"]).abs().max().item())
         cluster.rollout.sync_weights(cluster.actor)
         responses = cluster.generate(prompts, requests(4))

@@ -11,7 +11,9 @@ from transformers import AutoModelForImageTextToText
 from tests.fakes.actors import on_ranks
 from tests.fakes.rollouts import make_batch
 from verl.algorithms.losses.compose import coefficients
+from verl.columns import ORIGINAL
 from verl.config.compose import compose_config
+from verl.protocol import DataProto
 from verl.workers.model_worker import ActorWorker, CriticWorker, ReferenceWorker
 
 OFFLOAD = [f"worker.{role}.fsdp.cpu_offload=true" for role in ("actor", "ref", "critic")]
@@ -39,7 +41,8 @@ def _train(rank: int, assets: Path, out: str, overrides: list[str]) -> dict[str,
     worker.build(total_updates=2)
     rows = make_batch(assets).chunk(2)[rank]
     coefs = coefficients(worker.actor.terms, 1, 2)
-    metrics = [worker.update_policy(rows, 1, coefs).result() for _ in range(2)]
+    worker.take_rows(rows, [len(rows)])
+    metrics = [worker.update_policy(DataProto(rows.tensors), coefs).result() for _ in range(2)]
     worker.send_through("object_store")
     sent = {}
     for layout in worker.plan_weights():
@@ -50,7 +53,7 @@ def _train(rank: int, assets: Path, out: str, overrides: list[str]) -> dict[str,
     return {
         "sent": sent,
         "norms": [step["actor/grad_norm"] for step in metrics],
-        "log_probs": worker.compute_log_probs(rows, "")["log_probs"],
+        "log_probs": worker.compute_log_probs([ORIGINAL])["log_probs"],
         "dtypes": {p.dtype for p in worker.policy.parameters()},
     }
 
@@ -90,10 +93,12 @@ def _others(rank: int, assets: Path, overrides: list[str]) -> tuple[torch.Tensor
     critic.build(total_updates=2)
     rows = make_batch(assets).chunk(2)[rank]
     rows = rows.with_columns({"values": torch.zeros_like(rows["advantages"]), "returns": rows["advantages"]})
+    for worker in (reference, critic):
+        worker.take_rows(rows, [len(rows)])
     for _ in range(2):
-        critic.update_critic(rows, 1)
-    log_probs = reference.compute_log_probs(rows, "")["log_probs"]
-    return log_probs, critic.compute_values(rows)["values"], {p.dtype for p in reference.policy.parameters()}
+        critic.update_critic(DataProto(rows.tensors))
+    log_probs = reference.compute_log_probs([ORIGINAL])["log_probs"]
+    return log_probs, critic.compute_values()["values"], {p.dtype for p in reference.policy.parameters()}
 
 
 def test_reference_and_critic_are_offloaded_and_narrowed_too(assets):

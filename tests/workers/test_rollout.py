@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from tests.fakes.actors import build_actor, process_group, update, weights
+from tests.fakes.actors import build_actor, log_probs, process_group, update, weights
 from tests.fakes.rollouts import make_batch
 from tests.fakes.rows import row, write_parquet
 from verl.config.compose import compose_config
@@ -22,7 +22,6 @@ from verl.workers.rollout.base import SamplingParams, train_sampling, validation
 from verl.workers.rollout.hf_engine import HFEngine
 from verl.workers.rollout.sampler import SeededSampler
 from verl.workers.rollout.weight_sync import plan_buckets
-from verl.workers.training.dp_actor import compute_log_probs
 
 PARAMS = SamplingParams(n=3, temperature=1.0, top_p=1.0, top_k=-1, max_tokens=12, seed=5)
 
@@ -54,7 +53,7 @@ def test_log_probs_of_engine_and_trainer_agree(setup, assets, temperature):
     batch = join_responses(prompts, responses, 3)
     with process_group():
         actor = build_actor(assets / "model", temperature=temperature)
-        trainer = compute_log_probs(actor.policy, batch, "", 5, actor.device)
+        trainer = log_probs(actor.policy, batch, "", 5)
     difference = (trainer - responses["rollout_log_probs"]).abs()
     assert responses["response_mask"].sum() > 30 and difference.max() < 1e-5
 
@@ -93,7 +92,7 @@ def test_log_probs_agree_after_a_weight_sync_of_a_trained_policy(setup, assets):
         update(actor, make_batch(assets), 1)
         assert load(engine, weights(actor), bucket_bytes=200_000) > 3
         batch = join_responses(prompts, engine.generate(prompts, requests()), 3)
-        trainer = compute_log_probs(actor.policy, batch, "", 100, actor.device)
+        trainer = log_probs(actor.policy, batch)
     assert (trainer - batch["rollout_log_probs"]).abs().max() < 1e-5
     load(engine, before)
 

@@ -45,7 +45,7 @@ def wide_model(assets, tmp_path):
 def difference(cluster, prompts, responses, n: int) -> torch.Tensor:
     """|log-prob of the engine - log-prob of the trainer| [B, R], at temperature 1."""
     batch = join_responses(prompts, responses, n).select([*TOKENS, "mm_inputs"])
-    trainer = cluster.actor.compute_log_probs(batch)["log_probs"]
+    trainer = cluster.log_probs(batch)
     return (trainer - responses["rollout_log_probs"]).abs()
 
 

@@ -22,7 +22,7 @@ def test_vllm_and_trainer_agree_before_and_after_a_sync(families, model_type, ra
     def difference() -> float:
         responses = cluster.generate(prompts, requests(4))
         batch = join_responses(prompts, responses, 3).select([*TOKENS, "mm_inputs"])
-        found = cluster.actor.compute_log_probs(batch)["log_probs"]
+        found = cluster.log_probs(batch)
         return (found - responses["rollout_log_probs"]).abs().max().item()
 
     try:

@@ -17,6 +17,13 @@ from verl.config.keys import nearest, nearest_keys
 from verl.config.store import GROUPS, store_schema
 from verl.plugins import load_plugins
 
+
+def _tokens_of_rows(rows: int, *, _root_: Any) -> int:
+    """`${tokens_of_rows:4}`: tokens of four of the longest rows, for micro-batches that are given in rows."""
+    return rows * (_root_.data.max_prompt_length + _root_.data.max_response_length)
+
+
+OmegaConf.register_new_resolver("tokens_of_rows", _tokens_of_rows, replace=True)
 CONFIG_DIR = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..", "configs"))
 
 

@@ -16,7 +16,7 @@ class Sizes:
     responses_per_prompt: int
     prompts_per_update: int
     epochs_per_step: int
-    micro_batch: int
+    micro_batch_tokens: int
 
     @property
     def responses_per_step(self) -> int:
@@ -34,16 +34,6 @@ class Sizes:
     def updates_per_step(self) -> int:
         return self.mini_batches * self.epochs_per_step
 
-    @property
-    def responses_per_rank(self) -> int:
-        """Responses per rank and update."""
-        return self.responses_per_update // self.ranks
-
-    @property
-    def micro_batches(self) -> int:
-        """Forward and backward passes per rank and update."""
-        return -(-self.responses_per_rank // self.micro_batch)
-
     def in_words(self) -> str:
         """The arithmetic as sentences, for the log."""
         epochs = f" x {self.epochs_per_step} epochs" if self.epochs_per_step > 1 else ""
@@ -53,8 +43,8 @@ class Sizes:
             f"updates per step: {self.prompts_per_step} prompts / {self.prompts_per_update} prompts per update"
             f"{epochs} = {self.updates_per_step}\n"
             f"one update: {self.prompts_per_update} prompts x {self.responses_per_prompt} = "
-            f"{self.responses_per_update} responses / {self.ranks} rank(s) = {self.responses_per_rank} per rank, "
-            f"in {self.micro_batches} micro-batch(es) of at most {self.micro_batch}"
+            f"{self.responses_per_update} responses on {self.ranks} rank(s), in micro-batches of at most "
+            f"{self.micro_batch_tokens} computed tokens"
         )
 
 
@@ -67,7 +57,7 @@ def compute_sizes(config: Config) -> Sizes:
         responses_per_prompt=rollout.n,
         prompts_per_update=actor.global_batch_size,
         epochs_per_step=actor.ppo_epochs,
-        micro_batch=actor.micro_batch_size_per_device_for_update,
+        micro_batch_tokens=actor.max_tokens_per_micro_batch,
     )
     if sizes.prompts_per_step % sizes.prompts_per_update:
         near = _divisor_near(sizes.prompts_per_step, sizes.prompts_per_update)
@@ -76,11 +66,11 @@ def compute_sizes(config: Config) -> Sizes:
             f"worker.actor.global_batch_size={sizes.prompts_per_update} (prompts per update): prompts would be left "
             f"over. Try worker.actor.global_batch_size={near}"
         )
-    if sizes.responses_per_update % sizes.ranks:
+    if sizes.responses_per_update < sizes.ranks:
         raise ValueError(
             f"one update has worker.actor.global_batch_size={sizes.prompts_per_update} prompts x worker.rollout.n="
-            f"{sizes.responses_per_prompt} = {sizes.responses_per_update} responses, which {sizes.ranks} ranks "
-            f"(trainer.nnodes x trainer.n_gpus_per_node) cannot share equally; make it a multiple of {sizes.ranks}"
+            f"{sizes.responses_per_prompt} = {sizes.responses_per_update} responses, fewer than the {sizes.ranks} "
+            "ranks (trainer.nnodes x trainer.n_gpus_per_node), each of which needs one"
         )
     return sizes
 

@@ -12,8 +12,8 @@ from omegaconf import II, MISSING
 from verl.config.algorithm import LossAverage
 from verl.config.option import option
 
-UPDATE = "worker.actor.micro_batch_size_per_device_for_update"
-EXPERIENCE = "worker.actor.micro_batch_size_per_device_for_experience"
+BUDGET = "worker.actor.max_tokens_per_micro_batch"
+PASS_BUDGET = 4  # times as many tokens in a pass without gradient, which keeps no activations
 
 
 class LRSchedule(StrEnum):
@@ -113,8 +113,12 @@ class ActorConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     fsdp: FSDPConfig = field(default_factory=FSDPConfig)
     global_batch_size: int = option(128, "prompts per optimizer update", above=0)
-    micro_batch_size_per_device_for_update: int = option(4, "responses per forward and backward of a rank", above=0)
-    micro_batch_size_per_device_for_experience: int = option(16, "responses per forward without gradient", above=0)
+    max_tokens_per_micro_batch: int = option(
+        16384,
+        "tokens that a rank's forward and backward compute at a time, four image patches as one; passes without "
+        "gradient take four times as many",
+        above=0,
+    )
     ppo_epochs: int = option(1, "times that a step's rows are trained on", above=0)
     max_grad_norm: float = option(1.0, "gradient norm above which gradients are scaled down", above=0)
     max_skipped_updates: int = option(5, "updates in a row that may be not finite before the run stops", above=0)
@@ -144,8 +148,7 @@ class CriticConfig:
     enable_gradient_checkpointing: bool = option(True, "compute activations again in backward")
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
     fsdp: FSDPConfig = field(default_factory=FSDPConfig)
-    micro_batch_size_per_device_for_update: int = option(II(UPDATE), "responses per forward and backward", above=0)
-    micro_batch_size_per_device_for_experience: int = option(II(EXPERIENCE), "without gradient", above=0)
+    max_tokens_per_micro_batch: int = option(II(BUDGET), "as worker.actor.max_tokens_per_micro_batch", above=0)
     ppo_epochs: int = option(1, "times that a step's rows are trained on", above=0)
     max_grad_norm: float = option(1.0, "gradient norm above which gradients are scaled down", above=0)
     max_skipped_updates: int = option(5, "updates in a row that may be not finite", above=0)

@@ -28,10 +28,14 @@ def _advantage(old: Old) -> Changes:
     return {**changes, **_critic(old["worker.critic"])} if name == "gae" else changes
 
 
+def tokens_of_rows(rows: Any) -> str:
+    """A micro-batch of so many rows as the tokens of that many longest ones (see verl.config.compose)."""
+    return f"${{tokens_of_rows:{int(rows)}}}"
+
+
 def _critic(given: Mapping[str, Any]) -> Changes:
     """The critic's keys that mean the same here; refuses the others."""
     names = ("cliprange_value", "max_grad_norm", "ppo_epochs", "loss_avg_mode")
-    names += ("micro_batch_size_per_device_for_update", "micro_batch_size_per_device_for_experience")
     nested = {
         "model": {"model_path": "model_path"},
         "optim": {n: f"optim.{n}" for n in ("lr", "betas", "weight_decay", "strategy")},
@@ -42,6 +46,11 @@ def _critic(given: Mapping[str, Any]) -> Changes:
         inner = value if name in nested else {name: value}
         known = nested.get(name, {n: n for n in names})
         for key, own in inner.items():
+            if key == "micro_batch_size_per_device_for_experience":
+                continue
+            if key == "micro_batch_size_per_device_for_update":
+                changes["worker.critic.max_tokens_per_micro_batch"] = tokens_of_rows(own)
+                continue
             if key not in known:
                 where = f"worker.critic.{name}.{key}" if name in nested else f"worker.critic.{key}"
                 raise refusal(where, own, "leave it out: the critic's other settings are the actor's")
@@ -260,8 +269,17 @@ ACTOR = [
     # The entropy as a metric, as in every preset; nothing of the old names it.
     Rule({}, lambda old: {"/term@algorithm.terms.entropy": "entropy"}),
     same("worker.actor.global_batch_size", 256),
-    same("worker.actor.micro_batch_size_per_device_for_update", 4),
-    same("worker.actor.micro_batch_size_per_device_for_experience", 16),
+    renamed(
+        "worker.actor.micro_batch_size_per_device_for_update",
+        "worker.actor.max_tokens_per_micro_batch",
+        4,
+        tokens_of_rows,
+    ),
+    no_effect(
+        "worker.actor.micro_batch_size_per_device_for_experience",
+        16,
+        "passes without gradient take four times worker.actor.max_tokens_per_micro_batch",
+    ),
     same("worker.actor.max_grad_norm", 1.0),
     Rule(
         {"worker.actor.loss_avg_mode": "token"},

@@ -1,4 +1,4 @@
-"""MetricBag: metrics as (sum, count) pairs and maxima, so that merging is exact and overwriting impossible."""
+"""MetricBag: metrics as (sum, count) pairs, maxima and totals, so that merging is exact and overwriting impossible."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ class MetricBag:
 
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)
     maxima: dict[str, float] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, value: float, count: float = 1.0) -> None:
         """Add `value`, the sum of `count` observations."""
@@ -30,12 +31,18 @@ class MetricBag:
         kept, value = self.maxima.get(name, float("-inf")), float(value)
         self.maxima[name] = kept if math.isnan(kept) or kept >= value else value
 
+    def add_total(self, name: str, value: float) -> None:
+        """Add `value` to a sum over micro-batches and ranks."""
+        self.totals[name] = self.totals.get(name, 0.0) + float(value)
+
     def merge(self, other: MetricBag) -> MetricBag:
         """Add everything in `other`; returns self."""
         for name, (total, count) in other.sums.items():
             self.add(name, total, count)
         for name, value in other.maxima.items():
             self.add_max(name, value)
+        for name, value in other.totals.items():
+            self.add_total(name, value)
         return self
 
     @classmethod
@@ -46,6 +53,6 @@ class MetricBag:
         return result
 
     def result(self) -> dict[str, float]:
-        """Means and maxima by name; a metric that was never observed is left out, not reported as 0."""
+        """Means, maxima and totals by name; a metric that was never observed is left out, not reported as 0."""
         means = {name: total / count for name, (total, count) in self.sums.items() if count > 0}
-        return {**means, **self.maxima}
+        return {**means, **self.maxima, **self.totals}

@@ -41,6 +41,9 @@ def forward_views(
         parts.append(DataProto(part.tensors, {"mm_inputs": part.objects[images]}))
         selected[view] = rows.to(device)
     starts = dict(zip(views, accumulate([0, *map(len, parts)]), strict=False))
+    if not any(map(len, parts)):  # nothing to see, but FSDP's collectives on other ranks wait for this one
+        one = batch.select([*TOKENS, "mm_inputs"]).rows(slice(0, 1))
+        parts.append(one.with_columns({"response_mask": torch.zeros_like(one["response_mask"])}))
     wanted = {name: _exact(name, selected, starts) for name in exact}
     found = policy(**model_inputs(DataProto.concat(parts), device), exact=wanted)
     result = {}

@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from verl.columns import view_column
 from verl.models.families.base import Images, join_images
+from verl.protocol import DataProto
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,21 @@ class _Group:
     spans: list[tuple[int, int]] = field(default_factory=list)
 
 
+PrefixKey = tuple[bytes, tuple[str, ...]]
+
+
+def _prefix_key(prompt: torch.Tensor, images: Images) -> PrefixKey:
+    return prompt.numpy().tobytes(), images.digests
+
+
+def prefix_keys(batch: DataProto, view: str) -> list[PrefixKey]:
+    """The prefix of each row under `view`: rows with equal keys share it where they are packed together."""
+    ids, images = batch["input_ids"], batch[view_column(view, "mm_inputs")]
+    prompt_end = ids.shape[1] - batch["response_mask"].shape[1]
+    starts = (prompt_end - batch["attention_mask"][:, :prompt_end].sum(dim=1)).tolist()
+    return [_prefix_key(row[start:prompt_end], own) for row, start, own in zip(ids, starts, images, strict=True)]
+
+
 def pack(
     ids: torch.Tensor,
     mask: torch.Tensor,
@@ -115,9 +132,9 @@ def pack(
     lengths = valid.sum(dim=1).tolist()
     prompt_end = ids.shape[1] - valid.shape[1]
     starts = (prompt_end - mask[:, :prompt_end].sum(dim=1)).tolist()
-    groups: dict[tuple[bytes, tuple[str, ...]], _Group] = {}
-    for row, start in enumerate(starts):
-        key = (ids[row, start:prompt_end].numpy().tobytes(), images[row].digests)
+    groups: dict[PrefixKey, _Group] = {}
+    for row, (start, own) in enumerate(zip(starts, images, strict=True)):
+        key = _prefix_key(ids[row, start:prompt_end], own)
         groups.setdefault(key, _Group(row, prompt_end - start)).rows.append(row)
     # Places in the flattened [B, L] arguments, in the packed order; and the places of states in the packed row.
     width, pieces, states, at = ids.shape[1], [], [torch.empty(0, dtype=torch.int64)] * len(lengths), 0

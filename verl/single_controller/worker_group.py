@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+import torch
 from ray.util.placement_group import PlacementGroup
 
 from verl.algorithms.losses.value import explained_variance
@@ -16,6 +17,7 @@ from verl.protocol import DataProto
 from verl.single_controller.resources import ACTOR_SHARE, CRITIC_SHARE, REFERENCE_SHARE, Layout, actor_options
 from verl.workers.model_worker import ActorWorker, CriticWorker, ModelWorker, PolicyWorker, ReferenceWorker
 from verl.workers.rollout.weight_sync import BucketLayout
+from verl.workers.training.balance import Share
 
 
 class WorkerGroup:
@@ -65,24 +67,36 @@ class WorkerGroup:
         """By rank; see verl/workers/memory.py."""
         return self.on_all(ModelWorker.peak_memory)
 
-    def shards_of_mini_batches(self, batch: DataProto, num_mini_batches: int) -> list[DataProto]:
-        """Each rank's rows, mini-batch after mini-batch. The batch is cut into consecutive mini-batches first and each
-        of those among the ranks, so that what a mini-batch is made of does not depend on the number of ranks."""
-        pieces = [mini_batch.chunk(self.size) for mini_batch in batch.chunk(num_mini_batches)]
-        return [DataProto.concat([piece[rank] for piece in pieces]) for rank in range(self.size)]
+    def take_rows(self, shards: list[ray.ObjectRef], shares: list[Share]) -> None:
+        """Give each rank its rows of a step, with the images of every view; they stay there until the next step's.
 
-    def on_shards(self, method: Callable, shards: list[DataProto], *args: Any) -> list[Any]:
-        """Call `method` on every rank with its own shard; returns their results by rank."""
-        calls = zip(self.workers, shards, strict=True)
-        return ray.get([getattr(worker, method.__name__).remote(shard, *args) for worker, shard in calls])
+        Args:
+            shards: By rank the rows that its share names, as DataProto.
+        """
+        self.shares = shares
+        calls = zip(self.workers, shards, shares, strict=True)
+        ray.get([worker.take_rows.remote(shard, share.sizes) for worker, shard, share in calls])
+
+    def gather(self, method: Callable, *args: Any) -> dict[str, torch.Tensor]:
+        """The columns that `method` finds on every rank, in the order of the step's rows."""
+        parts = self.on_all(method, *args)
+        order = torch.cat([share.rows for share in self.shares]).argsort()
+        return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+
+    def scatter(self, method: Callable, columns: DataProto, *args: Any) -> list[Any]:
+        """Call `method` on every rank with these columns of its own rows; returns their results by rank."""
+        calls = zip(self.workers, self.shares, strict=True)
+        return ray.get(
+            [getattr(worker, method.__name__).remote(columns.rows(share.rows), *args) for worker, share in calls]
+        )
 
 
 class LogProbGroup(WorkerGroup):
     """A group that computes log-probs: the actor and the reference."""
 
-    def compute_log_probs(self, batch: DataProto, view: str = "") -> DataProto:
-        """`log_probs` [B, R] of all rows, in order; the ranks take equal, consecutive parts."""
-        return DataProto.concat(self.on_shards(PolicyWorker.compute_log_probs, batch.chunk(self.size), view))
+    def compute_log_probs(self, *views: str) -> dict[str, torch.Tensor]:
+        """Log-probs [B, R] of the step's rows under each view, by column, from one forward of all views."""
+        return self.gather(PolicyWorker.compute_log_probs, views)
 
 
 class ReferenceGroup(LogProbGroup):
@@ -104,16 +118,15 @@ class CriticGroup(WorkerGroup):
         self.connect()
         self.on_all(CriticWorker.build, total_updates)
 
-    def compute_values(self, batch: DataProto) -> DataProto:
-        """`values` [B, R] of all rows, in order; the ranks take equal, consecutive parts."""
-        return DataProto.concat(self.on_shards(CriticWorker.compute_values, batch.chunk(self.size)))
+    def compute_values(self) -> torch.Tensor:
+        """Values [B, R] of the step's rows."""
+        return self.gather(CriticWorker.compute_values)["values"]
 
-    def update_critic(self, batch: DataProto, num_mini_batches: int) -> MetricBag:
-        """Train on a step's rows. `critic/explained_variance` is that of the values before the updates; there is none
-        where all returns are the same."""
-        shards = self.shards_of_mini_batches(batch, num_mini_batches)
-        metrics = MetricBag.merged(self.on_shards(CriticWorker.update_critic, shards, num_mini_batches))
-        explained = explained_variance(batch["values"], batch["returns"], batch["response_mask"])
+    def update_critic(self, columns: DataProto) -> MetricBag:
+        """Train on the step's rows with `values`, `returns` and `response_mask`. `critic/explained_variance` is that of
+        the values before the updates; there is none where all returns are the same."""
+        metrics = MetricBag.merged(self.scatter(CriticWorker.update_critic, columns))
+        explained = explained_variance(columns["values"], columns["returns"], columns["response_mask"])
         metrics.add("critic/explained_variance", *explained)
         return metrics
 
@@ -128,14 +141,13 @@ class ActorGroup(LogProbGroup):
         self.connect()
         return self.on_all(ActorWorker.build, total_updates)[0]
 
-    def compute_reference_log_probs(self, batch: DataProto) -> DataProto:
-        """`log_probs` [B, R] of all rows, in order, by the policy with its adapter switched off."""
-        return DataProto.concat(self.on_shards(ActorWorker.compute_reference_log_probs, batch.chunk(self.size)))
+    def compute_reference_log_probs(self) -> dict[str, torch.Tensor]:
+        """`log_probs` [B, R] of the step's rows by the policy with its adapter switched off."""
+        return self.gather(ActorWorker.compute_reference_log_probs)
 
-    def update_policy(self, batch: DataProto, num_mini_batches: int, coefs: dict[str, float]) -> MetricBag:
-        """Train on a step's rows; `coefs` are the coefficients of the loss terms in this step."""
-        shards = self.shards_of_mini_batches(batch, num_mini_batches)
-        return MetricBag.merged(self.on_shards(ActorWorker.update_policy, shards, num_mini_batches, coefs))
+    def update_policy(self, columns: DataProto, coefs: dict[str, float]) -> MetricBag:
+        """Train on the step's rows with further columns; `coefs` are the coefficients of the loss terms in it."""
+        return MetricBag.merged(self.scatter(ActorWorker.update_policy, columns, coefs))
 
     def send_through(self, carrier: str) -> tuple[str, int] | None:
         """Prepare to send weights; where sender and receivers must meet, returns (host, port)."""

@@ -162,15 +162,15 @@ class Collector:
         return rows, metrics
 
     def _cut(self, rows: DataProto) -> tuple[DataProto | None, int]:
-        """(rows of this step, their number of mini-batches); the rest waits. Ranks must share each mini-batch equally,
-        so a step that is too small for one ordinary update makes one smaller update."""
+        """(rows of this step, their number of mini-batches); the rest waits. A step that is too small for one ordinary
+        update makes one smaller update, if each rank has a response in it."""
         sizes = self.plan.sizes
         n = sizes.responses_per_prompt
         groups = len(rows) // n
         mini_batches = min(groups // sizes.prompts_per_update, sizes.mini_batches)
         take = mini_batches * sizes.prompts_per_update
-        if not take:
-            take = next((g for g in range(groups, 0, -1) if g * n % sizes.ranks == 0), 0)
+        if not take and groups * n >= sizes.ranks:
+            take = groups
         self.state.waiting = rows.rows(slice(take * n, None)) if take < groups else None
         return (rows.rows(slice(0, take * n)), max(mini_batches, 1)) if take else (None, 0)
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from verl.config.config import Config
 from verl.config.sizes import compute_sizes
+from verl.config.worker import PASS_BUDGET
 from verl.data.checks import count_images
 from verl.data.collate import PromptCollator
 from verl.data.dataset import PromptDataset
@@ -76,11 +77,9 @@ def in_small(config: Config) -> Config:
     """The config with one update per step, of the fewest prompts that give every rank a whole micro-batch."""
     small = copy.deepcopy(config)
     sizes = compute_sizes(config)
-    actor = config.worker.actor
-    rows = max(actor.micro_batch_size_per_device_for_update, actor.micro_batch_size_per_device_for_experience)
-    shared = sizes.ranks // math.gcd(sizes.ranks, sizes.responses_per_prompt)  # so many prompts fall to ranks equally
-    wanted = -(-rows * sizes.ranks // sizes.responses_per_prompt)
-    prompts = min(-(-wanted // shared) * shared, sizes.prompts_per_update)
+    tokens = config.data.max_prompt_length + sizes.responses_per_prompt * config.data.max_response_length
+    per_rank = -(-PASS_BUDGET * config.worker.actor.max_tokens_per_micro_batch // tokens)
+    prompts = min(sizes.ranks * per_rank, sizes.prompts_per_update)
     small.data.rollout_batch_size = small.worker.actor.global_batch_size = prompts
     small.data.mini_rollout_batch_size = None
     small.algorithm.online_filtering = False

@@ -15,7 +15,7 @@ from verl.algorithms.losses.estimators import k3
 from verl.algorithms.requirements import Requirements
 from verl.algorithms.rewards import token_rewards
 from verl.algorithms.shapers import build_shapers
-from verl.columns import TOKENS, view_column
+from verl.columns import ORIGINAL, TOKENS, view_column
 from verl.config.algorithm import OldLogProbs
 from verl.config.worker import RolloutConfig
 from verl.metrics.machine import Timings
@@ -23,8 +23,9 @@ from verl.protocol import DataProto, check_columns
 from verl.trainer.collect import Rows, component, graded, overall_scores
 from verl.trainer.plan import Plan
 from verl.trainer.state import TrainState
-from verl.trainer.workers import Workers
+from verl.trainer.workers import Workers, size_in_bytes
 from verl.workers.reward.base import Outcome, RewardError, RewardInput
+from verl.workers.training.balance import Work, share_rows
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +35,11 @@ LARGE_MISMATCH = 0.02
 
 @dataclass
 class Batch:
-    """The rows of a step with every column that the updates read, and the metrics so far."""
+    """The rows of a step with every column that the updates read, the columns that the actor holds already, and the
+    metrics so far."""
 
     columns: DataProto
-    mini_batches: int
+    at_actor: set[str]
     metrics: dict[str, float] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
 
@@ -46,7 +48,8 @@ def prepare(plan: Plan, workers: Workers, state: TrainState, rows: Rows, timings
     """Log-probs, values and advantages of a step's rows. Raises RewardError where too few could be graded."""
     config, version = plan.config, workers.rollout.version
     check_columns(rows.batch)
-    batch = run_passes(plan, workers, rows.batch, timings)  # while the reward scores
+    work = hand_out(plan, workers, rows)  # this and the passes go on while the reward scores
+    batch, at_actor = run_passes(plan, workers, rows.batch, timings)
     with timings("reward_wait"):
         outcomes = rows.outcomes()
     check_components(plan.requirements, outcomes)
@@ -59,7 +62,7 @@ def prepare(plan: Plan, workers: Workers, state: TrainState, rows: Rows, timings
         **rollout_metrics(batch, config.data.max_response_length, version),
     }
     records = samples(batch, rows.inputs, outcomes, config.trainer.samples_per_step)
-    return Batch(columns, rows.mini_batches, metrics, records)
+    return Batch(columns, at_actor, metrics | work, records)
 
 
 def update(plan: Plan, workers: Workers, batch: Batch, step: int, scale: float, timings: Timings) -> dict[str, float]:
@@ -72,13 +75,14 @@ def update(plan: Plan, workers: Workers, batch: Batch, step: int, scale: float, 
     metrics = batch.metrics
     if plan.requirements.critic:
         with timings("update_critic"):
-            columns = batch.columns.select([*TOKENS, "mm_inputs", "values", "returns"])
-            metrics |= workers.critic.update_critic(columns, batch.mini_batches).result()
+            columns = batch.columns.select(["response_mask", "values", "returns"])
+            metrics |= workers.critic.update_critic(columns).result()
     if step > plan.config.trainer.critic_warmup:
         with timings("update"):
             coefs = coefficients(plan.terms, step, plan.total_steps, scale)
-            columns = update_columns(plan.requirements, batch.columns)
-            metrics |= workers.actor.update_policy(columns, batch.mini_batches, coefs).result()
+            columns = update_columns(plan.requirements, batch)
+            metrics["perf/ray_mb"] += size_in_bytes(columns) / 2**20
+            metrics |= workers.actor.update_policy(columns, coefs).result()
         metrics |= moving(plan.terms, coefs)
     with timings("weight_sync"):
         workers.rollout.sync_weights(workers.actor)
@@ -86,36 +90,46 @@ def update(plan: Plan, workers: Workers, batch: Batch, step: int, scale: float, 
     return metrics
 
 
-def run_passes(plan: Plan, workers: Workers, batch: DataProto, timings: Timings) -> DataProto:
-    """`batch` with `old_log_probs`, `ref_log_probs`, `values` and `<view>_log_probs`, each where it is required."""
+def hand_out(plan: Plan, workers: Workers, rows: Rows) -> dict[str, float]:
+    """Give each rank its rows, with their images; returns metrics of the work."""
+    requirements, batch, ranks = plan.requirements, rows.batch, plan.sizes.ranks
+    images = [view_column(view, "mm_inputs") for view in (ORIGINAL, *requirements.views)]
+    names = [*TOKENS, "rollout_log_probs", *images, *(view_column(view, "rows") for view in requirements.views)]
+    shares = share_rows(batch, rows.mini_batches, ranks, [ORIGINAL, *requirements.live_views])
+    size = workers.take_rows(batch.select(names), shares)
+    useful = Work(batch, [ORIGINAL, *requirements.live_views]).tokens(range(len(batch)))
+    return {"perf/ray_mb": size / 2**20, "perf/tokens_useful": useful * plan.config.worker.actor.ppo_epochs}
+
+
+def run_passes(plan: Plan, workers: Workers, batch: DataProto, timings: Timings) -> tuple[DataProto, set[str]]:
+    """`batch` with `old_log_probs`, `ref_log_probs`, `values` and `<view>_log_probs`, each where it is required; and
+    the names of the columns that the actor holds."""
     requirements, found = plan.requirements, {}
-    tokens = batch.select([*TOKENS, "mm_inputs"])
+    at_actor = {"rollout_log_probs", *(view_column(view, "rows") for view in requirements.views)}
     # Older weights drew the responses that have waited for this step, and only the engine has their log-probs.
     waited = batch["weight_version"] != workers.rollout.version
     keeps = requirements.old and plan.config.algorithm.old_log_probs == OldLogProbs.auto and bool(waited.any())
-    if keeps or requirements.old_pass:
-        with timings("old_log_probs"):
-            old = workers.actor.compute_log_probs(tokens)["log_probs"]
-        found["old_log_probs"] = torch.where(waited[:, None], batch["rollout_log_probs"], old) if keeps else old
+    views = [ORIGINAL] * (keeps or requirements.old_pass) + list(requirements.stored_views)
+    if views:
+        with timings("log_probs"):
+            found = workers.actor.compute_log_probs(*views)
+        at_actor.update(found)
+        if (old := found.pop("log_probs", None)) is not None:
+            found["old_log_probs"] = torch.where(waited[:, None], batch["rollout_log_probs"], old) if keeps else old
+            at_actor.update(() if keeps else ["old_log_probs"])
     if requirements.reference:
         with timings("ref_log_probs"):
-            found["ref_log_probs"] = workers.compute_reference_log_probs(tokens)["log_probs"]
+            found["ref_log_probs"] = workers.compute_reference_log_probs()
     if requirements.critic:
         with timings("values"):
-            found["values"] = workers.critic.compute_values(tokens)["values"]
-    for view in requirements.stored_views:
-        with timings(view_column(view, "log_probs")):
-            images = [view_column(view, "mm_inputs"), view_column(view, "rows")]
-            seen = workers.actor.compute_log_probs(batch.select([*TOKENS, *images]), view)
-            found[view_column(view, "log_probs")] = seen["log_probs"]
-    return batch.with_columns(found)
+            found["values"] = workers.critic.compute_values()
+    return batch.with_columns(found), at_actor
 
 
-def update_columns(requirements: Requirements, batch: DataProto) -> DataProto:
-    """Only what the update reads: every other column would cross Ray for nothing."""
-    names = [name for name in requirements.stored if name != "old_log_probs" or name in batch]
-    images = [view_column(view, "mm_inputs") for view in ("", *requirements.live_views)]
-    return batch.select(list(dict.fromkeys([*TOKENS, *images, *names])))
+def update_columns(requirements: Requirements, batch: Batch) -> DataProto:
+    """Only what the update reads and the actor does not hold: every other column would cross Ray for nothing."""
+    wanted = (name for name in requirements.stored if name not in batch.at_actor)
+    return batch.columns.select([name for name in wanted if name != "old_log_probs" or name in batch.columns])
 
 
 def add_advantages(

@@ -5,14 +5,19 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+import ray
+import torch
 from tqdm import tqdm
 
+from verl.columns import ORIGINAL
+from verl.models.families.base import Images
 from verl.protocol import DataProto
 from verl.single_controller.preflight import place_ranks
 from verl.single_controller.reward_group import RewardGroup
 from verl.single_controller.rollout_group import RolloutGroup
 from verl.single_controller.worker_group import ActorGroup, CriticGroup, ReferenceGroup
 from verl.trainer.plan import Plan
+from verl.workers.training.balance import Share
 
 logger = logging.getLogger(__name__)
 
@@ -66,8 +71,25 @@ class Workers:
         logger.info("%s; rollout engine %s", layout.in_words(), config.worker.rollout.name)
         return cls(actor, reference, critic, rollout, reward)
 
-    def compute_reference_log_probs(self, batch: DataProto) -> DataProto:
-        """`log_probs` [B, R] of all rows by the frozen reference; with LoRA that is the actor without its adapter."""
+    def take_rows(self, batch: DataProto, shares: list[Share]) -> int:
+        """Give every rank of every trained or frozen model its share of a step's rows; returns the bytes that were put
+        into Ray's object store, once for all models."""
+        shards = [batch.rows(share.rows) for share in shares]
+        references = [ray.put(shard) for shard in shards]
+        for group in filter(None, (self.actor, self.reference, self.critic)):
+            group.take_rows(references, shares)
+        return sum(map(size_in_bytes, shards))
+
+    def compute_reference_log_probs(self) -> torch.Tensor:
+        """Log-probs [B, R] of the step's rows by the frozen reference; with LoRA that is the actor without its
+        adapter."""
         if self.reference is None:
-            return self.actor.compute_reference_log_probs(batch)
-        return self.reference.compute_log_probs(batch)
+            return self.actor.compute_reference_log_probs()["log_probs"]
+        return self.reference.compute_log_probs(ORIGINAL)["log_probs"]
+
+
+def size_in_bytes(batch: DataProto) -> int:
+    """Of all tensors, each different image once."""
+    images = {row.digests: row for column in batch.objects.values() for row in column if isinstance(row, Images)}
+    tensors = [tensor for row in images.values() for item in row.items for tensor in item.values()]
+    return sum(tensor.nbytes for tensor in (*batch.tensors.values(), *tensors))

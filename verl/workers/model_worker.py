@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -19,7 +20,7 @@ from verl.checkpoint.tensors import SaveFailed
 from verl.columns import ORIGINAL
 from verl.config.config import Config
 from verl.config.sizes import compute_sizes
-from verl.config.worker import FSDPConfig, LoRAConfig, ModelConfig
+from verl.config.worker import PASS_BUDGET, FSDPConfig, LoRAConfig, ModelConfig
 from verl.data.vision import load_special_tokens
 from verl.metrics.bag import MetricBag
 from verl.models.loading import resolve_dtype
@@ -106,6 +107,10 @@ class ModelWorker:
         """Go on from a checkpoint's folder of this role; all ranks call this together."""
         load_state(folder, self.training(), self.rank)
 
+    def take_rows(self, rows: DataProto, sizes: list[int]) -> None:
+        """Keep this rank's rows of a step, mini-batch after mini-batch of these sizes, for its passes and updates."""
+        self.rows, self.sizes = rows, sizes
+
     def free_cache(self) -> None:
         """Return cached memory to the GPU, which other workers share."""
         if self.device.type == "cuda":
@@ -132,14 +137,14 @@ class PolicyWorker(ModelWorker):
         wrap = partial(PolicyModel, banned=special.banned, temperature=temperature, logits_chunk_size=chunk)
         self.policy = build_sharded(model, fsdp, wrap, self.device, dtype)
 
-    def compute_log_probs(self, batch: DataProto, view: str) -> DataProto:
-        """`log_probs` [B, R] of this rank's rows under `view`, without gradient."""
-        size = self.config.worker.actor.micro_batch_size_per_device_for_experience
-        keys = ("worker.actor.micro_batch_size_per_device_for_experience", "worker.actor.logits_chunk_size")
+    def compute_log_probs(self, views: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Log-probs [B, R] of this rank's rows under each view, by column, without gradient."""
+        budget = PASS_BUDGET * self.config.worker.actor.max_tokens_per_micro_batch
+        keys = ("worker.actor.max_tokens_per_micro_batch", "worker.actor.logits_chunk_size")
         with explain_oom("the log-probs", self.settings(*keys)):
-            log_probs = compute_log_probs(self.policy, batch, view, size, self.device)
+            found = compute_log_probs(self.policy, self.rows, views, budget, self.device)
         self.free_cache()
-        return DataProto.from_dict({"log_probs": log_probs})
+        return found
 
 
 class ReferenceWorker(PolicyWorker):
@@ -180,18 +185,19 @@ class CriticWorker(ModelWorker):
     def training(self) -> GuardedStep:
         return self.critic.step
 
-    def compute_values(self, batch: DataProto) -> DataProto:
+    def compute_values(self) -> dict[str, torch.Tensor]:
         """`values` [B, R] of this rank's rows, without gradient."""
-        with explain_oom("the values", self.settings("worker.critic.micro_batch_size_per_device_for_experience")):
-            values = self.critic.compute_values(batch)
+        with explain_oom("the values", self.settings("worker.critic.max_tokens_per_micro_batch")):
+            values = self.critic.compute_values(self.rows)
         self.free_cache()
-        return DataProto.from_dict({"values": values})
+        return {"values": values}
 
-    def update_critic(self, batch: DataProto, num_mini_batches: int) -> MetricBag:
+    def update_critic(self, columns: DataProto) -> MetricBag:
         """All updates of one step on this rank's rows; returns its metrics."""
-        keys = ("micro_batch_size_per_device_for_update", "enable_gradient_checkpointing", "fsdp.reshard_after_forward")
+        rows = self.rows.with_columns(dict(columns.tensors.items()))
+        keys = ("max_tokens_per_micro_batch", "enable_gradient_checkpointing", "fsdp.reshard_after_forward")
         with explain_oom("the critic's update", self.settings(*(f"worker.critic.{key}" for key in keys))):
-            metrics = self.critic.update_critic(batch, num_mini_batches)
+            metrics = self.critic.update_critic(rows, self.sizes)
         self.free_cache()
         return metrics
 
@@ -225,21 +231,29 @@ class ActorWorker(PolicyWorker):
     def describe(self, folder: str) -> None:
         save_description(self.policy, self.config.worker.actor.model, os.path.join(folder, "huggingface"))
 
-    def compute_reference_log_probs(self, batch: DataProto) -> DataProto:
+    def compute_log_probs(self, views: Sequence[str]) -> dict[str, torch.Tensor]:
+        """As above; the columns also stay here, for the update."""
+        found = super().compute_log_probs(views)
+        kept = {"old_log_probs" if name == "log_probs" else name: column for name, column in found.items()}
+        self.rows = self.rows.with_columns(kept)
+        return found
+
+    def compute_reference_log_probs(self) -> dict[str, torch.Tensor]:
         """`log_probs` [B, R] of this rank's rows by the model without its adapter, without gradient."""
         with adapter_off(self.policy.inner):
-            return self.compute_log_probs(batch, ORIGINAL)
+            return super().compute_log_probs([ORIGINAL])
 
-    def update_policy(self, batch: DataProto, num_mini_batches: int, coefs: dict[str, float]) -> MetricBag:
+    def update_policy(self, columns: DataProto, coefs: dict[str, float]) -> MetricBag:
         """All updates of one step on this rank's rows; returns its metrics."""
+        rows = self.rows.with_columns(dict(columns.tensors.items()))
         keys = (
-            "micro_batch_size_per_device_for_update",
+            "max_tokens_per_micro_batch",
             "logits_chunk_size",
             "model.enable_gradient_checkpointing",
             "fsdp.reshard_after_forward",
         )
         with explain_oom("the policy's update", self.settings(*(f"worker.actor.{key}" for key in keys))):
-            return self.actor.update_policy(batch, num_mini_batches, coefs)
+            return self.actor.update_policy(rows, self.sizes, coefs)
 
     def send_through(self, carrier: str) -> tuple[str, int] | None:
         """Prepare a carrier; where sender and receivers must meet, returns (host, port) on the sending rank."""

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a broken installation must not keep the doctor from starting
-    from papo.tools.doctor.estimate import Estimate
+    from papo.tools.doctor.memory import Estimate
     from verl.algorithms.requirements import Requirements
     from verl.config.config import Config
     from verl.data.vision import VisionProcessor

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
-from papo.tools.doctor.case import Case, Finding, error, in_gib, load_hf_config, ok, warning
-from papo.tools.doctor.estimate import GENERATION, Estimate, Phase, estimate
+from papo.tools.doctor.case import Case, Finding, error, in_gib, ok, warning
 from papo.tools.doctor.machine import RAY_ENOUGH, RAY_SHARE, SHARED_MEMORY, disk_usage, main_memory
-from papo.tools.doctor.memory import FLOAT
-from papo.tools.doctor.shape import Shape, shape_of
+from papo.tools.doctor.memory import FLOAT, GENERATION, Estimate, Phase, Shape, estimate, shapes_of
 from verl.config.config import Config
-from verl.config.sizes import compute_sizes
 from verl.config.worker import ComputeDtype, OptimStrategy
 
 CLOSE = 0.9  # above this share an estimate of this kind is no promise
@@ -20,36 +19,39 @@ FEW = 16  # responses at one time, below which an engine is slow
 MOST_RANKS = 256
 ACTOR, ROLLOUT = "worker.actor", "worker.rollout"
 
+Change = dict[str, Any]  # key -> value
+
 
 def check_memory_fit(case: Case) -> Iterator[Finding]:
-    """The memory of each phase of a step against the device's: with prompts as long as they may be, and, where that is
-    too much, with prompts as long as they are."""
-    data, shapes = case.config.data, _shapes(case)
-    case.estimate = found = compute(case, case.config, shapes, data.max_prompt_length)
-    seen = None
-    if case.longest_prompt and case.longest_prompt < data.max_prompt_length:
-        seen = compute(case, case.config, shapes, case.longest_prompt)
+    """The memory of each phase of a step against the device's."""
+    shapes = shapes_of(case)
+    case.estimate = found = estimate(case, case.config, shapes)
     there = f"the {'GPU' if found.device == 'cuda' else 'machine'}'s {in_gib(found.capacity)}"
-    for number, phase in enumerate(found.phases):
-        text = f"at most {in_gib(phase.bytes)} of {there}"
-        if phase.bytes <= CLOSE * found.capacity:
-            yield ok(phase.name, text)
-            continue
-        level = error if phase.bytes > found.capacity else warning
-        if seen is not None:
-            then = seen.phases[number].bytes
-            text += f"; {in_gib(then)} with prompts as in the data ({case.longest_prompt} tokens)"
-            level = error if then > found.capacity else warning
-        yield level(phase.name, text, advice(case, shapes, phase))
-    yield from _judge_cache(case, found, shapes[0])
-    yield from _judge_offloaded(case, found)
+    for phase in found.phases:
+        yield _judged(phase.name, f"at most {in_gib(phase.bytes)} of {there}", phase.bytes, found.capacity,
+                      partial(advice, case, shapes, phase))  # fmt: skip
+    yield from _judge_cache(case, found, shapes["actor"])
+    if found.offloaded:
+        text = f"cpu_offload keeps {in_gib(found.offloaded)} there, for the GPUs of one node"
+        if case.imagined:
+            yield ok("host memory", text)
+        else:
+            fix = f"{ACTOR}.optim.strategy=adamw_bf16, or cpu_offload for fewer roles"
+            text += f", of {in_gib(main_memory())}"
+            yield _judged("host memory", text, found.offloaded, main_memory(), lambda: fix)
+
+
+def _judged(topic: str, text: str, size: int, capacity: int, fix: Any) -> Finding:
+    if size <= CLOSE * capacity:
+        return ok(topic, text)
+    return (error if size > capacity else warning)(topic, text, fix())
 
 
 def check_images_of_step(case: Case) -> Iterator[Finding]:
     """Ray's object store takes the image tensors of a whole step, of every view."""
     if case.imagined:
         return
-    data, shape = case.config.data, _shapes(case)[0]
+    data, shape = case.config.data, shapes_of(case)["actor"]
     prompt = case.longest_prompt or data.max_prompt_length
     patches = min(case.images_per_row * data.max_pixels // shape.patch**2, prompt * shape.merge**2)
     views = 1 + len(case.requirements.views)
@@ -63,45 +65,11 @@ def check_images_of_step(case: Case) -> Iterator[Finding]:
         yield ok("host memory", text)
 
 
-def _shapes(case: Case) -> tuple[Shape, Shape]:
-    """Of the actor's and of the reference's model."""
-    worker = case.config.worker
-    shape, ref_path = shape_of(case.hf_config, worker.actor.model.lora), worker.ref.model_path
-    refers = ref_path and case.requirements.reference
-    return shape, shape_of(load_hf_config(ref_path, case.config)) if refers else shape
-
-
-def compute(case: Case, config: Config, shapes: tuple[Shape, Shape], prompt: int) -> Estimate:
-    """The estimate of `config` on the machine of `case`, with prompts of `prompt` tokens. Raises ValueError where its
-    sizes do not fit together."""
-    from verl.single_controller.resources import plan_replicas
-    from verl.workers.rollout.engines import choose_engine
-
-    sizes, rollout = compute_sizes(config), config.worker.rollout
-    if rollout.name == "auto":  # the check of the config, which chooses, has stopped at an error
-        rollout.name = choose_engine(rollout)
-    on_gpu = case.device == "cuda"
-    return estimate(
-        config,
-        sizes,
-        case.requirements,
-        shapes,
-        case.device,
-        min(gpu.memory for gpu in case.gpus) if on_gpu else main_memory(),
-        plan_replicas(sizes.ranks, rollout) if on_gpu else rollout.data_parallel_size or 1,
-        case.images_per_row,
-        prompt,
-    )
-
-
-def advice(case: Case, shapes: tuple[Shape, Shape], phase: Phase) -> str:
+def advice(case: Case, shapes: dict[str, Shape], phase: Phase) -> str:
     """The first change, of one key or of all that help, with which the arithmetic says that the phase fits."""
-    if phase.name in GENERATION:
-        steps = _generation_steps(case.config)
-    else:
-        steps = _training_steps(case.config, phase.name)
-    steps += _state_steps(case.config)
-    for change in [*steps, _merged(steps), *_more_ranks(case.config)]:
+    changes = [*_changes(case.config, phase.name)]
+    together = {key: value for change in changes for key, value in change.items()}  # a key's last value saves most
+    for change in [*changes, together, *_more_ranks(case.config)]:
         bytes_then = _with(case, shapes, change, phase.name)
         if bytes_then is not None and bytes_then <= CLOSE * case.estimate.capacity:
             keys = " ".join(f"{key}={_written(value)}" for key, value in change.items())
@@ -109,49 +77,36 @@ def advice(case: Case, shapes: tuple[Shape, Shape], phase: Phase) -> str:
     return "no key helps enough: a smaller model, or devices with more memory"
 
 
-def _training_steps(config: Config, phase: str) -> list[dict[str, Any]]:
-    actor = config.worker.actor
-    if phase == "optimizer step":
-        return []
-    kind = "update" if phase == "update" else "experience"
-    key = f"{ACTOR}.micro_batch_size_per_device_for_{kind}"
-    size = getattr(actor, f"micro_batch_size_per_device_for_{kind}")
-    steps: list[dict[str, Any]] = []
-    if not actor.fsdp.reshard_after_forward:
-        steps.append({f"{ACTOR}.fsdp.reshard_after_forward": True})
-    if phase == "update" and not actor.model.enable_gradient_checkpointing:
-        steps.append({f"{ACTOR}.model.enable_gradient_checkpointing": True})
-    while size > 1:
-        size //= 2
-        steps.append({key: size})
-    if actor.logits_chunk_size > 256:
-        steps.append({f"{ACTOR}.logits_chunk_size": 256})
-    return steps
-
-
-def _state_steps(config: Config) -> list[dict[str, Any]]:
-    """Changes that make the actor's states smaller, at the cost of time and precision."""
-    actor, steps = config.worker.actor, []
-    if not actor.fsdp.cpu_offload:
-        steps.append({f"{ACTOR}.fsdp.cpu_offload": True})
-    if actor.optim.strategy == OptimStrategy.adamw and actor.fsdp.compute_dtype != ComputeDtype.float32:
-        steps.append({f"{ACTOR}.optim.strategy": OptimStrategy.adamw_bf16})
-    return steps
-
-
-def _generation_steps(config: Config) -> list[dict[str, Any]]:
+def _changes(config: Config, phase: str) -> Iterator[Change]:
+    """Changes that make a phase smaller, the least costly first."""
     from verl.workers.rollout.engines import ENGINES
 
-    rollout = config.worker.rollout
-    return [{f"{ROLLOUT}.{key}": v for key, v in step.items()} for step in ENGINES[rollout.name].smaller(rollout)]
+    actor, rollout = config.worker.actor, config.worker.rollout
+    if phase in GENERATION:
+        for step in ENGINES[rollout.name].smaller(rollout):
+            yield {f"{ROLLOUT}.{key}": value for key, value in step.items()}
+    path = "worker.critic" if phase.startswith("critic") else ACTOR
+    role = attrgetter(path)(config)
+    if phase.endswith("update"):
+        if not role.fsdp.reshard_after_forward:
+            yield {f"{path}.fsdp.reshard_after_forward": True}
+        model, of_model = (actor.model, f"{ACTOR}.model") if role is actor else (role, path)
+        if not model.enable_gradient_checkpointing:
+            yield {f"{of_model}.enable_gradient_checkpointing": True}
+        longest = config.data.max_prompt_length + config.data.max_response_length
+        tokens = role.max_tokens_per_micro_batch // 2
+        while tokens >= longest:  # a longer row is a micro-batch of its own
+            yield {f"{path}.max_tokens_per_micro_batch": tokens}
+            tokens //= 2
+        if actor.logits_chunk_size > 256 and role is actor:
+            yield {f"{ACTOR}.logits_chunk_size": 256}
+    if not role.fsdp.cpu_offload:
+        yield {f"{path}.fsdp.cpu_offload": True}
+    if role.optim.strategy == OptimStrategy.adamw and role.fsdp.compute_dtype != ComputeDtype.float32:
+        yield {f"{path}.optim.strategy": OptimStrategy.adamw_bf16}
 
 
-def _merged(steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """All changes at one time; of several values for a key the last one, which saves most."""
-    return {key: value for step in steps for key, value in step.items()}
-
-
-def _more_ranks(config: Config) -> Iterator[dict[str, Any]]:
+def _more_ranks(config: Config) -> Iterator[Change]:
     ranks, key = config.trainer.n_gpus_per_node, "trainer.n_gpus_per_node"
     while ranks < MOST_RANKS and config.trainer.nnodes == 1:
         ranks *= 2
@@ -160,17 +115,14 @@ def _more_ranks(config: Config) -> Iterator[dict[str, Any]]:
         yield {key: ranks} if ranks <= 8 else {"trainer.n_gpus_per_node": 8, key: ranks // 8}
 
 
-def _with(case: Case, shapes: tuple[Shape, Shape], change: dict[str, Any], phase: str) -> int | None:
+def _with(case: Case, shapes: dict[str, Shape], change: Change, phase: str) -> int | None:
     """Bytes of the phase after a change; None where the run would not work so."""
     config = copy.deepcopy(case.config)
     for key, value in change.items():
-        *path, last = key.split(".")
-        owner = config
-        for part in path:
-            owner = getattr(owner, part)
-        setattr(owner, last, value)
+        owner, _, last = key.rpartition(".")
+        setattr(attrgetter(owner)(config), last, value)
     try:
-        then = compute(case, config, shapes, config.data.max_prompt_length)
+        then = estimate(case, config, shapes)
     except ValueError:
         return None
     if phase in GENERATION and then.cache is not None and then.cache < then.token * _longest(config):
@@ -205,22 +157,6 @@ def _judge_cache(case: Case, found: Estimate, shape: Shape) -> Iterator[Finding]
         yield warning("KV cache", f"{text}: slow", fix)
     else:
         yield ok("KV cache", text)
-
-
-def _judge_offloaded(case: Case, found: Estimate) -> Iterator[Finding]:
-    """Memory of each node that offloading takes."""
-    if not found.offloaded:
-        return
-    text = f"cpu_offload keeps {in_gib(found.offloaded)} there, for the GPUs of one node"
-    if case.imagined:
-        yield ok("host memory", text)
-        return
-    text += f", of {in_gib(main_memory())}"
-    if found.offloaded <= CLOSE * main_memory():
-        yield ok("host memory", text)
-    else:
-        level = error if found.offloaded > main_memory() else warning
-        yield level("host memory", text, f"{ACTOR}.optim.strategy=adamw_bf16, or cpu_offload for fewer roles")
 
 
 def _written(value: Any) -> str:

@@ -1,215 +1,258 @@
-"""Memory of a run in bytes, by arithmetic alone.
+"""Memory of a run, by arithmetic: states of each model, a micro-batch of an update, and the engine with its KV cache.
 
-The counts of activations are those of Qwen2.5-VL's blocks in transformers with SDPA, in tensors that autograd keeps:
-tests measure the same blocks and compare. What cannot be counted (allocator, CUDA context, NCCL) is one constant.
+The activations are those of Qwen2.5-VL's blocks with SDPA, in tensors that autograd keeps; four image patches take
+about as much as a token, as in a budget. `--dry-run` measures the rest.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
-from papo.tools.doctor.shape import Shape
-from verl.workers.rollout.base import Term
+from papo.tools.doctor.case import GIB, Case, load_hf_config
+from papo.tools.doctor.machine import main_memory
+from papo.tools.doctor.shape import Shape, shape_of
+from verl.config.config import Config
+from verl.config.sizes import compute_sizes
+from verl.config.worker import ActorConfig, CriticConfig, FSDPConfig, OptimConfig, OptimStrategy
+from verl.workers.rollout.base import EngineLoad, Term
 
 FLOAT = 4
 STEP_COPIES = 8  # float32 values per weight that a step of CompensatedAdamW holds, of one parameter at a time
-
-# Bytes per logit of a chunk: its copies in compute dtype and float32, forward and backward.
-LOGIT_BYTES = {"log_probs": 17, "entropy": 21, "kl": 30}
-LOGIT_BYTES_NO_GRAD = 10
+LOGIT_BYTES = {"sampled": 17, "exact": 30}  # per logit of a chunk: copies in compute dtype and float32, both directions
+# What no arithmetic gives, each per process: CUDA context, NCCL and allocator; Python with torch and transformers.
+GPU_PROCESS, CPU_PROCESS = GIB, GIB * 3 // 4
+GENERATION = ("generation", "engine's GPUs")  # the phases in which an engine is awake
 
 
 @dataclass(frozen=True)
-class Load:
-    """Load of a run on each device.
+class Model:
+    """Memory of one model on a rank's device: `states` through the whole step, `gradients` and `work` beside them in
+    forward and backward, `gradients` and `step` in the optimizer's step. `away` is kept in main memory instead."""
 
-    `width` is the bytes of a value in compute dtype. `update_rows` and `pass_rows` are responses per micro-batch,
-    `update_views` how many looks at them one forward takes, `patches` the image patches of a row at most.
-    `kept` is the bytes
-    of a weight, a gradient and an optimizer state, float32 whatever the compute dtype, or bfloat16 and then one state
-    more; `offload` says that all these are in main memory.
-    """
+    states: list[Term] = field(default_factory=list)
+    gradients: list[Term] = field(default_factory=list)
+    work: list[Term] = field(default_factory=list)
+    step: list[Term] = field(default_factory=list)
+    away: int = 0
 
-    ranks: int
-    width: int
-    prompt: int
-    response: int
-    patches: int
-    update_rows: int
-    pass_rows: int
-    update_views: int
-    chunk: int
-    logits: str = "log_probs"
-    checkpointing: bool = True
-    frozen_vision: bool = False
-    reshard: bool = True
-    min_block: int = 0
-    kept: int = FLOAT
-    offload: bool = False
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a step, and the bytes that each role has on the device meanwhile."""
+
+    name: str
+    parts: dict[str, int]
 
     @property
-    def length(self) -> int:
-        return self.prompt + self.response
+    def bytes(self) -> int:
+        return sum(self.parts.values())
 
 
-def trainable(shape: Shape, load: Load) -> int:
-    """Parameters that get gradients."""
-    if shape.adapter:
-        return shape.adapter
-    return shape.parameters - (shape.vision_parameters if load.frozen_vision else 0)
+@dataclass(frozen=True)
+class Estimate:
+    """Memory of a run.
+
+    Attributes:
+        capacity: Bytes of one GPU, or on CPU of the machine.
+        roles: By name the terms of one process, and how many such processes share the memory.
+        cache: Bytes that vLLM has left for its KV cache; None for hf. One token takes `token` of them.
+        offloaded: Bytes that all ranks of a node keep in main memory in place of their GPUs.
+    """
+
+    device: str
+    capacity: int
+    roles: dict[str, tuple[list[Term], int]]
+    phases: list[Phase]
+    cache: int | None
+    token: int
+    offloaded: int
 
 
-def state_terms(shape: Shape, load: Load) -> list[Term]:
-    """Weights and optimizer states: what the actor always has."""
-    if load.offload:
-        return []
-    width = load.width if shape.adapter else load.kept  # below adapters they are frozen
-    weights = Term(
-        "weights",
-        (width * shape.parameters + load.kept * shape.adapter) // load.ranks,
-        f"{width} bytes x {billions(shape.parameters)} / {load.ranks}"
-        if not shape.adapter
-        else f"({width} bytes x {billions(shape.parameters)} + {load.kept} x {billions(shape.adapter)}) / {load.ranks}",
+def shapes_of(case: Case) -> dict[str, Shape]:
+    """Of each role's model."""
+    worker = case.config.worker
+    shape, path = shape_of(case.hf_config, worker.actor.model.lora), worker.ref.model_path
+    other = shape_of(load_hf_config(path, case.config)) if path and case.requirements.reference else shape
+    return {"actor": shape, "reference": other, "critic": replace(shape, adapter=0)}
+
+
+def estimate(case: Case, config: Config, shapes: dict[str, Shape]) -> Estimate:
+    """The memory of `config` on the machine of `case`. Raises ValueError where its sizes do not fit together."""
+    from verl.single_controller.resources import plan_replicas
+    from verl.workers.rollout.engines import ENGINES, choose_engine
+
+    sizes, rollout, on_gpu = compute_sizes(config), config.worker.rollout, case.device == "cuda"
+    if rollout.name == "auto":  # the check of the config, which chooses, has stopped at an error
+        rollout.name = choose_engine(rollout)
+    capacity = min(gpu.memory for gpu in case.gpus) if on_gpu else main_memory()
+    replicas = plan_replicas(sizes.ranks, rollout) if on_gpu else rollout.data_parallel_size or 1
+    models = {} if config.trainer.val_only else models_of(case, config, shapes, sizes.ranks)
+    shape, width = shapes["actor"], compute_bytes(config.worker.actor.fsdp, case.device)
+    load = EngineLoad(
+        weights=width * shape.parameters,
+        kv_token=shape.kv_bytes(width),
+        token_work=width * (3 * shape.text.intermediate + 2 * shape.text.hidden),
+        prompt=config.data.max_prompt_length,
+        response=config.data.max_response_length,
+        vocabulary=shape.vocabulary,
+        capacity=capacity if on_gpu else None,
     )
-    states = 2 if load.kept == FLOAT else 3
-    return [
-        weights,
-        _share("optimizer states", states * load.kept, trainable(shape, load), load, f"{states} x {load.kept}"),
-    ]
+    engine, cache = ENGINES[rollout.name].memory(rollout, load)
+    ranks = 1 if on_gpu else sizes.ranks
+    roles = {}
+    for name, model in models.items():
+        parts = {"": model.states, ", update": model.gradients + model.work, ", optimizer step": model.step}
+        roles |= {name + part: (terms, ranks) for part, terms in parts.items() if terms}
+    roles["engine"] = (engine, 1 if on_gpu else replicas)
+    trainers = [*on_device(models)]
+    if on_gpu:
+        phases = _on_gpus(trainers, total(engine), len(models), shares=rollout.dedicated_gpus == 0)
+    else:
+        fixed = {"engine": replicas * total(engine)}
+        fixed["processes"] = (2 + ranks * len(models) + replicas) * CPU_PROCESS
+        phases = [Phase(p.name, {role: ranks * size for role, size in p.parts.items()} | fixed) for p in trainers]
+    away = config.trainer.n_gpus_per_node * sum(model.away for model in models.values())
+    return Estimate(case.device, capacity, roles, phases, cache, load.kv_token, away)
 
 
-def gradient_terms(shape: Shape, load: Load) -> list[Term]:
-    return [] if load.offload else [_share("gradients", load.kept, trainable(shape, load), load)]
+def on_device(models: dict[str, Model]) -> Iterator[Phase]:
+    """Phases of a step, with what each model has on one rank's device."""
+    rest = {name: total(model.states) for name, model in models.items()}
+    yield Phase(GENERATION[0], rest)
+    for name in ("critic", "actor"):
+        if name in models:
+            model, prefix = models[name], "critic's " if name == "critic" else ""
+            for phase, terms in (("update", model.work), ("optimizer step", model.step)):
+                yield Phase(prefix + phase, rest | {name: rest[name] + total(model.gradients + terms)})
 
 
-def optimizer_step_terms(shape: Shape, load: Load) -> list[Term]:
-    """AdamW works on all parameters at one time and needs one more copy of them, CompensatedAdamW on one, of which the
-    head is the largest."""
-    if load.offload:
-        return []
-    if load.kept == FLOAT:
-        return [_share("copy for AdamW", FLOAT, trainable(shape, load), load)]
-    return [_share("copies of the head", STEP_COPIES * FLOAT, shape.head, load)]
+def _on_gpus(trainers: list[Phase], engine: int, processes: int, shares: bool) -> list[Phase]:
+    """Phases on one of the trainer's GPUs; an engine there is asleep but for generation."""
+    phases = []
+    for phase in trainers:
+        awake = shares and phase.name == GENERATION[0]
+        count = processes + (shares and not awake)  # awake, vLLM counts its own within its share
+        phases.append(Phase(phase.name, phase.parts | ({"engine": engine} if awake else {})))
+        phases[-1].parts["processes"] = count * GPU_PROCESS
+    return phases if shares else [*phases, Phase(GENERATION[1], {"engine": engine})]
 
 
-def offloaded(shape: Shape, load: Load) -> int:
-    """Bytes that a rank has in main memory in place of the GPU's, at their peak."""
-    there = replace(load, offload=False)
-    return total([*state_terms(shape, there), *gradient_terms(shape, there), *optimizer_step_terms(shape, there)])
+def models_of(case: Case, config: Config, shapes: dict[str, Shape], ranks: int) -> dict[str, Model]:
+    """The models that a run trains or refers to, as one of so many ranks has them."""
+    actor, critic, needs = config.worker.actor, config.worker.critic, case.requirements
+    size, kind = actor.logits_chunk_size, "exact" if needs.exact else "sampled"
+    vocabulary, each = shapes["actor"].vocabulary, LOGIT_BYTES[kind]
+    head = Term("logits of a chunk", size * vocabulary * each, f"{size} tokens x {vocabulary} x {each} bytes")
+    own = _trained(shapes["actor"], config, actor, ranks, case.device, actor.model.enable_gradient_checkpointing)
+    found = {"actor": replace(own, work=[*own.work, head])}
+    if needs.reference and not config.worker.actor_is_reference:
+        fsdp = config.worker.ref.fsdp
+        states = _states(shapes["reference"], config, fsdp, ranks, case.device)
+        found["reference"] = Model(away=total(states)) if offloads(fsdp, case.device) else Model(states)
+    if needs.critic:
+        checkpointing = critic.enable_gradient_checkpointing
+        found["critic"] = _trained(shapes["critic"], config, critic, ranks, case.device, checkpointing)
+    return found
 
 
-def _share(name: str, width: int, count: int, load: Load, written: str | None = None) -> Term:
-    """`width` bytes for each of `count` parameters, shared by the ranks."""
-    how = f"{written or width} bytes x {billions(count)} / {load.ranks}"
-    return Term(name, width * count // load.ranks, how)
+def _trained(
+    shape: Shape, config: Config, role: ActorConfig | CriticConfig, ranks: int, device: str, checkpointing: bool
+) -> Model:
+    """The actor or the critic on one of its ranks."""
+    kept, width, count = weight_bytes(role.optim), compute_bytes(role.fsdp, device), trainable(shape, config)
+    states = _states(shape, config, role.fsdp, ranks, device, role.optim)
+    gradients = [_share("gradients", kept, count, ranks)]
+    # AdamW works on all parameters at one time, CompensatedAdamW on one, of which the head is the largest.
+    copy = _share("copy for AdamW", FLOAT, count, ranks)
+    step = [copy if kept == FLOAT else _share("copies of the head", STEP_COPIES * FLOAT, shape.head, ranks)]
+    work = [_gathered(shape, role.fsdp, width), _activations(shape, role, width, checkpointing)]
+    if offloads(role.fsdp, device):
+        return Model(work=work, away=total([*states, *gradients, *step]))
+    return Model(states, gradients, work, step)
 
 
-def gathered_term(shape: Shape, load: Load, reshard: bool) -> Term:
-    """Weights in compute dtype as FSDP gathers them: the root's, and a block with the one behind it."""
-    if not reshard:
-        every = shape.parameters + shape.adapter
-        return Term("gathered weights", load.width * every, f"{load.width} bytes x {billions(every)}")
-    root, block = shape.root(load.min_block), shape.largest_block(load.min_block) + _adapter_of_block(shape)
-    how = f"{load.width} bytes x ({billions(root)} outside blocks + 2 x {billions(block)})"
-    return Term("gathered weights", load.width * (root + 2 * block), how)
+def trainable(shape: Shape, config: Config) -> int:
+    """Parameters that get gradients."""
+    frozen = shape.vision_parameters if config.worker.actor.model.freeze_vision_tower else 0
+    return shape.adapter or shape.parameters - frozen
 
 
-def gathered_gradient_term(shape: Shape, load: Load) -> Term:
-    """Gradients before they are reduced: the root's until the end of backward, a block's with its float32 copy, and
-    the head's once more, since it gets one gradient per chunk of logits."""
-    if shape.adapter:
-        block = _adapter_of_block(shape)
-        return Term("gathered gradients", (load.width + FLOAT) * block, f"adapters of one block, {billions(block)}")
-    root, block = shape.root(load.min_block), shape.largest_block(load.min_block)
-    if load.frozen_vision:
-        root -= shape.vision_parameters - shape.vision.layers * shape.vision.block
-    total = load.width * (root + shape.head) + (load.width + FLOAT) * block
-    how = f"{load.width} bytes x ({billions(root)} + head {billions(shape.head)}) + one block"
-    return Term("gathered gradients", total, how)
+def offloads(fsdp: FSDPConfig, device: str) -> bool:
+    return fsdp.cpu_offload and device == "cuda"
 
 
-def _adapter_of_block(shape: Shape) -> int:
-    return shape.adapter // shape.text.layers
+def _states(
+    shape: Shape, config: Config, fsdp: FSDPConfig, ranks: int, device: str, optim: OptimConfig | None = None
+) -> list[Term]:
+    """Weights and, with `optim`, the optimizer's states. Frozen weights are kept as the forward computes."""
+    width = compute_bytes(fsdp, device)
+    kept = weight_bytes(optim) if optim else width
+    frozen = width if shape.adapter else kept
+    how = f"{frozen} bytes x {billions(shape.parameters)}"
+    how += f" + {kept} x {billions(shape.adapter)}" if shape.adapter else ""
+    weights = Term("weights", (frozen * shape.parameters + kept * shape.adapter) // ranks, f"({how}) / {ranks}")
+    if not optim:
+        return [weights]
+    number = 2 if kept == FLOAT else 3  # in bfloat16 also what rounding has lost
+    return [weights, _share("optimizer states", number * kept, trainable(shape, config), ranks)]
 
 
-def text_kept(shape: Shape, width: int) -> int:
+def _gathered(shape: Shape, fsdp: FSDPConfig, width: int) -> Term:
+    """Weights in compute dtype as FSDP gathers them, the root's and a block with the one behind it, and the gradients
+    of the same."""
+    part = shape.root(fsdp.min_block_params) + 2 * shape.largest_block(fsdp.min_block_params)
+    weights = part if fsdp.reshard_after_forward else shape.parameters + shape.adapter
+    gradients = 0 if shape.adapter else part
+    how = f"{width} bytes x ({billions(weights)} + gradients of {billions(gradients)})"
+    return Term("gathered", width * (weights + gradients), how)
+
+
+def _activations(shape: Shape, settings: ActorConfig | CriticConfig, width: int, checkpointing: bool) -> Term:
+    """With checkpointing a block keeps its input, and makes the rest again when backward comes to it."""
+    tokens, text = settings.max_tokens_per_micro_batch, shape.text
+    block, moment = block_bytes(shape, width), moment_bytes(shape, width)
+    each, extra = (width * text.hidden, block + moment) if checkpointing else (block, moment)
+    how = f"{tokens} tokens x ({text.layers} layers x {each} + {extra}) bytes"
+    return Term("activations", tokens * (text.layers * each + extra), how)
+
+
+def block_bytes(shape: Shape, width: int) -> int:
     """Bytes per token that one block of the language model keeps for backward: 4 of MLP width, 8 of hidden width,
     and the float32 inputs of both norms."""
-    hidden, intermediate = shape.text.hidden, shape.text.intermediate
-    return width * (4 * intermediate + 8 * hidden) + 2 * FLOAT * hidden
+    return width * (4 * shape.text.intermediate + 8 * shape.text.hidden) + 2 * FLOAT * shape.text.hidden
 
 
-def vision_kept(shape: Shape, width: int) -> int:
-    """Bytes per patch that one block of the vision tower keeps."""
-    hidden, intermediate = shape.vision.hidden, shape.vision.intermediate
-    return width * (4 * intermediate + 11 * hidden) + 2 * FLOAT * hidden
+def moment_bytes(shape: Shape, width: int) -> int:
+    """Bytes per token that a block's backward needs for a moment, beside what is kept."""
+    return width * (3 * shape.text.intermediate + shape.text.hidden)
 
 
-def text_working(shape: Shape, width: int, grad: bool) -> int:
-    """Bytes per token that a block needs for a moment, beside what it keeps. Without gradient an adapter's output is
-    one more; with it the gradients of frozen weights' inputs are fewer, and the bound stays."""
-    wide = 4 if shape.adapter and not grad else 3
-    return width * (wide * shape.text.intermediate + (1 if grad else 2) * shape.text.hidden)
+def saved_bytes(case: Case) -> tuple[int, int]:
+    """Of the model that a run leaves (merged in float32 with LoRA, else as weights are kept) and of a checkpoint."""
+    config, shapes = case.config, shapes_of(case)
+    shape, kept = shapes["actor"], weight_bytes(config.worker.actor.optim)
+    model = FLOAT * shape.parameters + kept * shape.adapter if shape.adapter else kept * shape.parameters
+    checkpoint = 0
+    for name in ("actor", "critic")[: 1 + case.requirements.critic]:
+        role = getattr(config.worker, name)
+        states = _states(shapes[name], config, role.fsdp, 1, case.device, role.optim)
+        checkpoint += total(states[:1] if config.trainer.save_model_only else states)
+    return model, checkpoint
 
 
-def vision_working(shape: Shape, width: int, grad: bool) -> int:
-    """The same per patch. Rotary positions are applied in float32, which in bfloat16 outweighs the MLP."""
-    hidden, intermediate = shape.vision.hidden, shape.vision.intermediate
-    if grad:
-        return width * (3 * intermediate + 7 * hidden)
-    return max(width * (3 * intermediate + 3 * hidden), 34 * hidden)
+def compute_bytes(fsdp: FSDPConfig, device: str) -> int:
+    """Of a value in the compute dtype."""
+    return FLOAT if fsdp.compute_dtype == "float32" or (fsdp.compute_dtype == "auto" and device == "cpu") else 2
 
 
-def activation_terms(shape: Shape, load: Load) -> list[Term]:
-    """Activations that forward keeps for backward, at their peak, in one micro-batch of an update."""
-    rows = load.update_rows * load.update_views
-    tokens, patches = rows * load.length, rows * load.patches
-    towers = (
-        ("language model", shape.text, tokens, text_kept, text_working, "tokens"),
-        ("vision tower", shape.vision, 0 if load.frozen_vision else patches, vision_kept, vision_working, "patches"),
-    )
-    terms = []
-    for name, tower, count, kept, working, unit in towers:
-        block, moment = kept(shape, load.width), working(shape, load.width, True)
-        # With checkpointing a block keeps its input, and makes the rest again when backward comes to it.
-        each, extra = (load.width * tower.hidden, block + moment) if load.checkpointing else (block, moment)
-        how = f"{count} {unit} x ({tower.layers} layers x {each} + {extra}) bytes"
-        terms.append(Term(f"activations, {name}", count * (tower.layers * each + extra), how))
-    images = patches * shape.pixels * (FLOAT + load.width)
-    terms.append(Term("pixels", images, f"{patches} patches x {shape.pixels} values"))
-    return terms
+def weight_bytes(optim: OptimConfig) -> int:
+    """Of a trained weight, its gradient and each of its optimizer states."""
+    return 2 if optim.strategy == OptimStrategy.adamw_bf16 else FLOAT
 
 
-def logits_term(shape: Shape, load: Load, grad: bool) -> Term:
-    per_logit = LOGIT_BYTES[load.logits] if grad else LOGIT_BYTES_NO_GRAD
-    how = f"{load.chunk} tokens x {shape.vocabulary} x {per_logit} bytes"
-    return Term("logits of a chunk", load.chunk * shape.vocabulary * per_logit, how)
-
-
-def pass_terms(shape: Shape, load: Load, reshard: bool) -> list[Term]:
-    """A forward without gradient, over one micro-batch of experience."""
-    tokens, patches = load.pass_rows * load.length, load.pass_rows * load.patches
-    text, vision = text_working(shape, load.width, False), vision_working(shape, load.width, False)
-    images = patches * shape.pixels * (FLOAT + load.width)
-    # The vision tower is done before the language model begins.
-    in_text, in_vision = tokens * text, patches * vision
-    how = f"{tokens} tokens x {text} bytes" if in_text >= in_vision else f"{patches} patches x {vision} bytes"
-    return [
-        gathered_term(shape, load, reshard),
-        Term("one block", max(in_text, in_vision), how),
-        Term("pixels", images, f"{patches} patches x {shape.pixels} values"),
-        logits_term(shape, load, False),
-    ]
-
-
-def update_terms(shape: Shape, load: Load) -> list[Term]:
-    """Forward and backward of one micro-batch, beside states and gradients."""
-    return [
-        gathered_term(shape, load, load.reshard),
-        gathered_gradient_term(shape, load),
-        *activation_terms(shape, load),
-        logits_term(shape, load, True),
-    ]
+def _share(name: str, width: int, count: int, ranks: int) -> Term:
+    return Term(name, width * count // ranks, f"{width} bytes x {billions(count)} / {ranks}")
 
 
 def total(terms: list[Term]) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from papo.tools.doctor.case import GIB, Finding, Level, in_gib
 
 if TYPE_CHECKING:
-    from papo.tools.doctor.estimate import Estimate, Role
+    from papo.tools.doctor.memory import Estimate
 
 MARKS = {Level.ok: "ok", Level.warning: "WARNING", Level.error: "ERROR"}
 MARK_WIDTH, TOPIC_WIDTH = 9, 15
@@ -24,7 +24,7 @@ def as_text(sections: dict[str, list[Finding]], estimate: Estimate | None) -> st
     for heading, findings in sections.items():
         lines += [heading, *(line for finding in findings for line in _finding(finding, width)), ""]
         if heading == "memory" and estimate is not None:
-            lines += [f"  {estimate.rows}", "", *_roles(estimate), "", *_phases(estimate), ""]
+            lines += ["", *_roles(estimate), "", *_phases(estimate), ""]
     found = [finding.level for findings in sections.values() for finding in findings]
     errors, warnings = found.count(Level.error), found.count(Level.warning)
     lines.append(f"{errors} error(s), {warnings} warning(s)" + ("" if errors or warnings else ": all is well"))
@@ -44,28 +44,24 @@ def _finding(finding: Finding, width: int) -> list[str]:
 
 def _roles(estimate: Estimate) -> list[str]:
     """Every term, its size and how it was counted."""
-    width = 2 + max(len(_label(role)) for role in estimate.roles)
+    labels = [f"{name} (x {times})" if times > 1 else name for name, (_, times) in estimate.roles.items()]
+    width = 2 + max(map(len, labels))
     lines = [f"  {'role':{width}}{'term':29}{'size':>10}   how"]
-    for role in estimate.roles:
-        name = _label(role)
-        for term in role.terms:
+    for name, (terms, _) in zip(labels, estimate.roles.values(), strict=True):
+        for term in terms:
             if term.bytes:
                 lines.append(f"  {name:{width}}{term.name:29}{in_gib(term.bytes):>10}   {term.how}")
                 name = ""
     return lines
 
 
-def _label(role: Role) -> str:
-    return f"{role.name} (x {role.times})" if role.times > 1 else role.name
-
-
 def _phases(estimate: Estimate) -> list[str]:
     """Memory of each role in each phase of a step, and the sum."""
-    columns = list(dict.fromkeys(name for phase in estimate.phases for name, _ in phase.parts))
+    columns = list(dict.fromkeys(name for phase in estimate.phases for name in phase.parts))
     device = "per GPU" if estimate.device == "cuda" else "of the machine"
     lines = [f"  {f'GiB {device}':24}" + "".join(f"{name:>12}" for name in [*columns, "sum", "there is"])]
     for phase in estimate.phases:
-        parts = dict(phase.parts)
+        parts = phase.parts
         cells = [f"{parts[name] / GIB:.1f}" if name in parts else "-" for name in columns]
         cells += [f"{phase.bytes / GIB:.1f}", f"{estimate.capacity / GIB:.1f}"]
         lines.append(f"  {phase.name:24}" + "".join(f"{cell:>12}" for cell in cells))
@@ -81,7 +77,7 @@ def as_json(sections: dict[str, list[Finding]], estimate: Estimate | None) -> di
         "findings": found,
     }
     if estimate is not None:
-        report["memory"] = asdict(estimate) | {
-            "phases": [{"name": p.name, "parts": dict(p.parts), "bytes": p.bytes} for p in estimate.phases]
-        }
+        report["memory"] = asdict(estimate)
+        for phase, found in zip(report["memory"]["phases"], estimate.phases, strict=True):
+            phase["bytes"] = found.bytes
     return report

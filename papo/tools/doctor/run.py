@@ -160,18 +160,15 @@ def _hub_folder(name: str) -> str | None:
 
 def check_output(case: Case) -> Iterator[Finding]:
     """Room for the model that the run leaves and for its checkpoints, with the optimizer's states."""
-    from papo.tools.doctor.estimate import saved_bytes
-    from papo.tools.doctor.shape import shape_of
-    from verl.config.sizes import compute_sizes
+    from papo.tools.doctor.memory import saved_bytes
 
-    config, trainer = case.config, case.config.trainer
+    trainer = case.config.trainer
     if trainer.val_only:
         return
     try:
-        sizes, shape = compute_sizes(config), shape_of(case.hf_config, config.worker.actor.model.lora)
+        model, checkpoint = saved_bytes(case)
     except ValueError:
         return  # the checks of config and model have said it
-    model, checkpoint = saved_bytes(config, sizes, case.requirements, shape, case.device)
     # One more than are kept: the oldest goes when the newest is whole.
     kept = trainer.save_limit + 1 + bool(trainer.save_best) if trainer.save_limit else 2
     count = kept if trainer.save_freq or trainer.save_best else 0

@@ -44,6 +44,11 @@ class Images:
         """Images with these tensors; digests are by default those of the tensors."""
         return cls(tuple(items), tuple(_digest(item) for item in items) if digests is None else tuple(digests))
 
+    @property
+    def patches(self) -> int:
+        """Number of patches: rows of each image's longest tensor."""
+        return sum(max(map(len, item.values())) for item in self.items)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of all images; {} without images."""
         return join_tensors(self.items)

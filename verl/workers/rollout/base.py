@@ -47,8 +47,7 @@ class EngineLoad:
     Attributes:
         weights: Bytes of the model.
         kv_token: Bytes of the KV cache per token.
-        token_work, patch_work: Bytes that a block needs for a moment per token and per image patch.
-        patches: Patches of the largest image.
+        token_work: Bytes that a block needs for a moment per token.
         prompt, response: Tokens of the longest.
         vocabulary: Number of tokens there are.
         capacity: Bytes of one GPU; None on CPU.
@@ -57,8 +56,6 @@ class EngineLoad:
     weights: int
     kv_token: int
     token_work: int
-    patch_work: int
-    patches: int
     prompt: int
     response: int
     vocabulary: int

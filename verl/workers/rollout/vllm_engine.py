@@ -51,9 +51,8 @@ class VLLMEngine:
     def memory(rollout: RolloutConfig, load: EngineLoad) -> tuple[list[Term], int | None]:
         gpus, batched = rollout.tensor_parallel_size, rollout.max_num_batched_tokens
         weights = Term("weights", load.weights // gpus, f"in compute dtype / {gpus}")
-        work = batched * load.token_work // gpus + load.patches * load.patch_work
-        work += rollout.max_num_seqs * load.vocabulary * 3 * 4
-        how = f"{batched} tokens, {rollout.max_num_seqs} rows of logits, one image"
+        work = batched * load.token_work // gpus + rollout.max_num_seqs * load.vocabulary * 3 * 4
+        how = f"{batched} tokens, {rollout.max_num_seqs} rows of logits"
         working = Term("working memory", work, how)
         if load.capacity is None:
             space = int(float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) * 2**30)

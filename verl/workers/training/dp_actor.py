@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ from verl.metrics.bag import MetricBag
 from verl.models.forward import forward_views
 from verl.models.policy import PolicyModel
 from verl.protocol import DataProto
+from verl.workers.training.balance import Work, micro_batches
 from verl.workers.training.guarded_step import GuardedStep
 
 ALL = ""  # stands for all valid tokens among the denominators of the terms
@@ -27,24 +28,21 @@ ALL = ""  # stands for all valid tokens among the denominators of the terms
 def compute_log_probs(
     policy: PolicyModel,
     batch: DataProto,
-    view: str,
-    micro_batch_size: int,
+    views: Sequence[str],
+    budget: int,
     device: torch.device,
-) -> torch.Tensor:
-    """Log-probs [B, R] float32 of the responses under `view`, on CPU, without gradient."""
+) -> dict[str, torch.Tensor]:
+    """Log-probs [B, R] float32 of the responses under each view, by column, on CPU, without gradient.
+
+    Args:
+        budget: Computed tokens of a micro-batch.
+    """
     policy.eval()
-    parts = []
-    for rows in batch.split(micro_batch_size):
-        covered = view_column(view, "rows")
-        if view != ORIGINAL and not rows[covered].any():
-            # Nothing to see, but on another rank there may be, and FSDP's collectives wait for this one: one row goes
-            # through as text, and what it gives is not used.
-            one = rows.rows(slice(0, 1)).with_columns({covered: torch.ones(1, dtype=torch.bool)})
-            forward_views(policy, one, [view], device)
-            parts.append(torch.zeros(rows["response_mask"].shape))
-            continue
-        parts.append(forward_views(policy, rows, [view], device).popitem()[1].float().cpu())
-    return torch.cat(parts)
+    found = {view_column(view, "log_probs"): torch.zeros(batch["response_mask"].shape) for view in views}
+    for places, rows in micro_batches(batch, views, budget, device):
+        for name, column in forward_views(policy, rows, views, device).items():
+            found[name][places] = column[: len(places)].float().cpu()
+    return found
 
 
 def add_mismatch(metrics: MetricBag, log_probs: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> None:
@@ -75,11 +73,12 @@ class DataParallelActor:
         limits = (self.config.max_grad_norm, self.config.max_skipped_updates)
         self.step = GuardedStep("actor", self.policy, self.optimizer, self.schedule, *limits, self.device)
 
-    def update_policy(self, batch: DataProto, num_mini_batches: int, coefs: Mapping[str, float]) -> MetricBag:
+    def update_policy(self, batch: DataProto, sizes: Sequence[int], coefs: Mapping[str, float]) -> MetricBag:
         """Clipped policy loss plus every other term; one optimizer update per mini-batch and epoch.
 
         Args:
-            batch: This rank's rows, mini-batch after mini-batch, each with equally many.
+            batch: This rank's rows, mini-batch after mini-batch.
+            sizes: Rows of each mini-batch.
             coefs: Coefficient of each term in this step, by name.
 
         Returns:
@@ -90,10 +89,12 @@ class DataParallelActor:
         """
         self.policy.train()
         metrics = MetricBag()
+        views, budget = [ORIGINAL, *self.requirements.live_views], self.config.max_tokens_per_micro_batch
         for epoch in range(self.config.ppo_epochs):
-            for number, mini_batch in enumerate(batch.chunk(num_mini_batches)):
+            for number, mini_batch in enumerate(batch.split(sizes)):
                 denominators = self._count(mini_batch)
-                for rows in mini_batch.split(self.config.micro_batch_size_per_device_for_update):
+                for _, rows in micro_batches(mini_batch, views, budget, self.device):
+                    metrics.add_total("perf/tokens_computed", Work(rows, views).tokens(range(len(rows))))
                     self._backward(rows, denominators, metrics, coefs, first=epoch == number == 0)
                 self.step(metrics, self.nonfinite_terms)
         return metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,11 +10,13 @@ import torch.distributed as dist
 
 from verl.algorithms.losses.compose import Denominators, reduce_values
 from verl.algorithms.losses.value import value_loss
-from verl.config.worker import CriticConfig
+from verl.columns import ORIGINAL
+from verl.config.worker import PASS_BUDGET, CriticConfig
 from verl.metrics.bag import MetricBag
 from verl.models.forward import model_inputs
 from verl.models.value import ValueModel
 from verl.protocol import DataProto
+from verl.workers.training.balance import micro_batches
 from verl.workers.training.guarded_step import GuardedStep
 
 
@@ -37,15 +40,19 @@ class DataParallelCritic:
     def compute_values(self, batch: DataProto) -> torch.Tensor:
         """Values [B, R] float32 before each response token, on CPU; 0 at padding."""
         self.model.eval()
-        size = self.config.micro_batch_size_per_device_for_experience
-        return torch.cat([self._forward(rows).cpu() for rows in batch.split(size)])
+        found = torch.zeros(batch["response_mask"].shape)
+        budget = PASS_BUDGET * self.config.max_tokens_per_micro_batch
+        for places, rows in micro_batches(batch, [ORIGINAL], budget, self.device):
+            found[places] = self._forward(rows)[: len(places)].cpu()
+        return found
 
-    def update_critic(self, batch: DataProto, num_mini_batches: int) -> MetricBag:
+    def update_critic(self, batch: DataProto, sizes: Sequence[int]) -> MetricBag:
         """One optimizer update per mini-batch and epoch.
 
         Args:
-            batch: this rank's rows, mini-batch after mini-batch, each with equally many; besides the tokens `values`,
-                as they were before the updates, and `returns`, both [B, R].
+            batch: this rank's rows, mini-batch after mini-batch; besides the tokens `values`, as they were before the
+                updates, and `returns`, both [B, R].
+            sizes: rows of each mini-batch.
 
         Returns:
             this rank's metrics, to be merged over ranks.
@@ -56,11 +63,12 @@ class DataParallelCritic:
         self.model.train()
         metrics = MetricBag()
         for _ in range(self.config.ppo_epochs):
-            for mini_batch in batch.chunk(num_mini_batches):
+            for mini_batch in batch.split(sizes):
                 counts = Denominators.count(mini_batch["response_mask"].sum(-1)).to(self.device)
                 dist.all_reduce(counts)
                 denominators = Denominators(*counts.tolist(), self.max_response_length)
-                for rows in mini_batch.split(self.config.micro_batch_size_per_device_for_update):
+                budget = self.config.max_tokens_per_micro_batch
+                for _, rows in micro_batches(mini_batch, [ORIGINAL], budget, self.device):
                     self._backward(rows, denominators, metrics)
                 self.step(metrics, self.faults)
         return metrics
