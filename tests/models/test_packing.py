@@ -104,7 +104,9 @@ def test_attention_and_its_gradient_are_those_of_a_dense_mask(kv_heads, lengths,
 
 def test_a_sliding_window_is_refused():
     with pytest.raises(ValueError, match="sliding window of 4 tokens"):
-        segment_attention(SimpleNamespace(), *[torch.ones(1, 1, 15, 2)] * 3, None, packed().segments, sliding_window=4)
+        segment_attention(
+            SimpleNamespace(), *[torch.ones(1, 1, 15, 2)] * 3, None, packed().segments, 1.0, sliding_window=4
+        )
 
 
 def test_one_response_changes_no_other_bit_for_bit(assets):

@@ -165,8 +165,7 @@ def test_responses_end_with_the_end_token_and_hold_no_modality_token(setup):
 
 def sample_many(sampling: SamplingParams, logits: torch.Tensor, banned=(3,)):
     sampler = SeededSampler([sampling], SpecialTokens(0, (1,), banned), torch.device("cpu"))
-    tokens = sampler(None, logits.expand(sampling.n, -1)).argmax(-1)
-    return tokens, sampler.log_probs[0]
+    return sampler(logits.expand(sampling.n, -1), torch.arange(sampling.n), 0)
 
 
 def test_sampled_frequencies_are_the_tempered_distribution_without_banned_tokens():
@@ -198,3 +197,37 @@ def test_seeds_follow_from_prompt_and_epoch_and_validation_overrides_change_vali
     validation = validation_sampling(config, 9, ["a"])[0]
     assert (validation.n, validation.temperature, validation.top_p) == (4, 0.5, 1.0)
     assert (first[0].n, first[0].temperature) == (8, 0.9)
+
+
+def test_responses_that_have_ended_are_dropped_and_no_other_changes(setup, monkeypatch):
+    engine, prompts, vision = setup
+    many = [replace(r, n=n) for r, n in zip(requests(max_tokens=30), (9, 9, 9, 9), strict=True)]
+    computed, drop = [], HFEngine._drop_done
+
+    def watched(rows, done, cache):
+        computed.append(drop(rows, done, cache))
+        return computed[-1]
+
+    monkeypatch.setattr(engine, "special", replace(engine.special, eos=tuple(range(100, 250))))  # one token in five
+    monkeypatch.setattr(HFEngine, "_drop_done", staticmethod(watched))
+    found = engine.generate(prompts, many)
+    sizes = [rows.numel() for rows in computed]
+    assert sizes[0] == 36 and len(set(sizes)) > 1 and sizes == sorted(sizes, reverse=True)
+    monkeypatch.setattr(HFEngine, "_drop_done", staticmethod(lambda rows, done, cache: rows))
+    kept = engine.generate(prompts, many)
+    assert torch.equal(found["responses"], kept["responses"])
+    torch.testing.assert_close(found["rollout_log_probs"], kept["rollout_log_probs"], atol=1e-5, rtol=0)
+
+
+def test_each_prompt_is_computed_once_for_all_of_its_responses(setup):
+    engine, prompts, _ = setup
+    widths = []
+    hook = engine.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        engine.generate(prompts, requests(max_tokens=2))
+    finally:
+        hook.remove()
+    # The last prompt is the first once more.
+    assert widths == [(1, int(prompts["prompt_mask"][:3].sum())), (12, 1)]

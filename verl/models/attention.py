@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface
 
+from verl.models.cache import ResponseCache
 from verl.models.packing import Segments
 
 NAME = "segments"
@@ -25,16 +26,18 @@ def segment_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    segments: Segments,
-    scaling: float | None = None,
+    segments: Segments | None,
+    scaling: float,
+    cache: ResponseCache | None = None,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of a packed row of T tokens.
+    """Attention of a packed row of T tokens; or, without segments, of one more token of each response in `cache`.
 
     Args:
         query: [1, H, T, D].
         key, value: [1, K, T, D] with H a multiple of K.
+        cache: Keeps keys and values of the prompts in the packed row.
 
     Returns:
         [1, T, H, D].
@@ -43,6 +46,10 @@ def segment_attention(
         raise ValueError(
             f"{type(module).__name__} has a sliding window of {sliding_window} tokens, which is not supported"
         )
+    if segments is None:
+        return cache.attend(module.layer_idx, query, key, value, scaling), None
+    if cache is not None:
+        cache.add_prompts(module.layer_idx, key[0], value[0])
     attend = _by_length if query.is_cuda else _by_bucket
     return attend(query[0], key[0], value[0], segments, scaling)[None], None
 
@@ -51,7 +58,7 @@ AttentionInterface.register(NAME, segment_attention)
 
 
 def _by_bucket(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float
 ) -> torch.Tensor:
     """[T, H, D] by SDPA over equal shapes, where there is no attention over variable lengths."""
     repeats = query.shape[0] // key.shape[0]
@@ -72,7 +79,7 @@ def _by_bucket(
 
 
 def _by_length(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float
 ) -> torch.Tensor:
     """[T, H, D] in one call for all segments: causal, aligned to the end of the keys."""
     from torch.nn.attention.varlen import varlen_attn

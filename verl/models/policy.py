@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from verl.models.cache import ResponseCache
 from verl.models.families import family_of
 from verl.models.log_probs import chunked_entropy, chunked_kl, chunked_log_probs
 from verl.models.packing import Packed
@@ -24,7 +25,7 @@ class Exact:
 
 
 def response_states(
-    inner: nn.Module, packed: Packed, images: dict[str, torch.Tensor] | None
+    inner: nn.Module, packed: Packed, images: dict[str, torch.Tensor] | None, cache: ResponseCache | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The state that predicts each valid response token, [N, H], and an anchor: a 0 that holds the vision tower in the
     graph where the batch has no image. Add it to the result, so that FSDP's collectives run on every rank.
@@ -32,6 +33,7 @@ def response_states(
     Args:
         inner: The Hugging Face model.
         images: As in PolicyModel.forward.
+        cache: Takes the keys and values of the prompts.
     """
     family = family_of(inner.config)
     features, anchor = family.image_features(inner, images, packed.owner, packed.ids.device)
@@ -41,6 +43,7 @@ def response_states(
         **family.forward_arguments(packed.positions, features),
         use_cache=False,
         segments=packed.segments,
+        cache=cache,
     ).last_hidden_state
     return hidden[0, packed.states], anchor
 

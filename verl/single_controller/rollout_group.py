@@ -23,7 +23,7 @@ from verl.workers.rollout.worker import RolloutWorker
 
 logger = logging.getLogger(__name__)
 
-NEEDED = ("uid", "prompt_ids", "prompt_mask", "mm_inputs")
+NEEDED = ("uid", "prompt_ids", "prompt_mask", "prompt_positions", "mm_inputs")
 
 
 @dataclass

@@ -166,10 +166,6 @@ class Family:
         """
         return {"position_ids": position_ids[:, 0]}
 
-    def generate_arguments(self, ids: torch.Tensor, rows: Sequence[Images], config: Any) -> dict[str, torch.Tensor]:
-        """The arguments of transformers' `generate` for the images of prompts `ids` [B, P]."""
-        return {}
-
     def image_tokens(self, image_processor: Any, width: int, height: int) -> int:
         """The number of prompt tokens of an image of this size in pixels, by arithmetic alone.
 

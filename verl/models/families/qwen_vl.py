@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 from transformers.image_utils import SizeDict
 
-from verl.models.families.base import Family, Images, join_tensors
+from verl.models.families.base import Family, Images
 
 PIXELS, GRID = "pixel_values", "image_grid_thw"
 
@@ -94,13 +94,6 @@ class QwenVL(Family):
 
     def forward_arguments(self, position_ids: torch.Tensor, features: Any) -> dict[str, Any]:
         return {"position_ids": position_ids.transpose(0, 1), "mm_encoder_outputs": features}
-
-    def generate_arguments(self, ids: torch.Tensor, rows: Sequence[Images], config: Any) -> dict[str, torch.Tensor]:
-        items = [item for images in rows for item in images.items]
-        if not items:
-            return {}
-        tensors = {name: tensor.to(ids.device) for name, tensor in join_tensors(items).items()}
-        return {**tensors, "mm_token_type_ids": (ids == config.image_token_id).int()}
 
     def image_tokens(self, image_processor: Any, width: int, height: int) -> int:
         try:

@@ -89,7 +89,7 @@ class RolloutEngine(Protocol):
         """Responses to each prompt, in order, the n responses of a prompt side by side.
 
         Args:
-            prompts: B rows with `prompt_ids`, `prompt_mask` [B, P] and `mm_inputs`.
+            prompts: B rows with `prompt_ids`, `prompt_mask` [B, P], `prompt_positions` [B, 3, P] and `mm_inputs`.
             sampling: one per prompt.
 
         Returns:

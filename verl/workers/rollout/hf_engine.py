@@ -1,17 +1,20 @@
-"""The engine that needs nothing but transformers: Hugging Face `generate`, in left-padded batches."""
+"""The engine that needs nothing but transformers: the trainer's own forward, with a cache behind each prompt."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList
 
 from verl.config.config import Config
 from verl.config.worker import RolloutConfig
+from verl.models.attention import use_segments
+from verl.models.cache import ResponseCache
 from verl.models.families import family_of
-from verl.models.families.base import SpecialTokens
+from verl.models.families.base import SpecialTokens, positions_of_response
 from verl.models.loading import load_model, resolve_dtype
+from verl.models.packing import pack
+from verl.models.policy import response_states
 from verl.protocol import DataProto
 from verl.workers.rollout.base import ENGINES, EngineLoad, SamplingParams, Term, in_order
 from verl.workers.rollout.sampler import SeededSampler
@@ -26,12 +29,12 @@ class HFEngine:
 
     @staticmethod
     def memory(rollout: RolloutConfig, load: EngineLoad) -> tuple[list[Term], int | None]:
-        rows, length = rollout.max_batch_size, load.prompt + load.response
-        cache, logits = rows * length * load.kv_token, rows * load.vocabulary * 4 * 4
+        rows, prompts = rollout.max_batch_size, max(1, rollout.max_batch_size // rollout.n)
+        tokens, logits = prompts * load.prompt + rows * load.response, rows * load.vocabulary * 4 * 4
         return [
             Term("weights", load.weights, "in compute dtype"),
-            Term("KV cache", cache, f"{rows} responses x {length} tokens x {load.kv_token} bytes"),
-            Term("prefill", rows * load.prompt * load.token_work, f"{rows} x {load.prompt} tokens, one block"),
+            Term("KV cache", tokens * load.kv_token, f"{tokens} tokens x {load.kv_token} bytes"),
+            Term("prefill", prompts * load.prompt * load.token_work, f"{prompts} x {load.prompt} tokens, one block"),
             Term("logits", logits, f"{rows} x {load.vocabulary} x 16 bytes"),
         ], None
 
@@ -53,10 +56,7 @@ class HFEngine:
         )
         self.model.to(device).eval()
         self.family = family_of(self.model.config)
-        # Whatever the folder suggests for sampling is replaced: requests alone say how to sample.
-        self.model.generation_config = GenerationConfig(
-            do_sample=True, top_k=0, eos_token_id=list(special.eos), pad_token_id=special.pad
-        )
+        use_segments(self.model)
 
     @torch.inference_mode()
     def generate(self, prompts: DataProto, sampling: list[SamplingParams]) -> DataProto:
@@ -106,30 +106,64 @@ class HFEngine:
         pass
 
     def _generate(self, prompts: DataProto, sampling: list[SamplingParams]) -> DataProto:
-        """One batch of requests with the same n and max_tokens, without the padding that all rows share."""
-        config, images = self.model.config, list(prompts["mm_inputs"])
-        for ids, own, uid in zip(prompts["prompt_ids"], images, prompts["uid"], strict=True):
-            self.family.image_spans(ids, own, config, uid)  # raises where they disagree
-        first = int(prompts["prompt_mask"].argmax(dim=1).min())
-        ids = prompts["prompt_ids"][:, first:].to(self.device)
+        """One batch of requests with the same n and max_tokens."""
+        count, n, steps = len(prompts), sampling[0].n, sampling[0].max_tokens
+        states, cache = self._prefill(prompts, n, steps)
+        states = states.repeat_interleave(n, dim=0)
+        positions = positions_of_response(prompts["prompt_positions"], steps).to(self.device)  # [G, 3, steps]
         sampler = SeededSampler(sampling, self.special, self.device)
-        sequences = self.model.generate(
-            input_ids=ids,
-            attention_mask=prompts["prompt_mask"][:, first:].to(self.device),
-            **self.family.generate_arguments(ids, images, config),
-            max_new_tokens=sampling[0].max_tokens,
-            num_return_sequences=sampling[0].n,
-            logits_processor=LogitsProcessorList([sampler]),
-        )
-        responses = sequences[:, ids.shape[1] :]
-        ended = torch.isin(responses, torch.tensor(self.special.eos, device=self.device)).int()
+        responses = torch.full((count * n, steps), self.special.pad, device=self.device)
+        log_probs = torch.zeros(count * n, steps, device=self.device)
+        ends, done = torch.tensor(self.special.eos, device=self.device), torch.zeros_like(responses[:, 0], dtype=bool)
+        rows = torch.arange(count * n, device=self.device).view(count, n)  # that are computed, by prompt
+        for step in range(steps):
+            own = rows.flatten()
+            token, log_probs[own, step] = sampler(self.model.lm_head(states), own, step)
+            responses[own, step] = token
+            done[own] |= torch.isin(token, ends)
+            if step + 1 == steps or done.all():
+                break
+            rows = self._drop_done(rows, done, cache)
+            own = rows.flatten()
+            states = self.model.model(
+                input_ids=responses[own, step, None],
+                attention_mask=None,
+                **self.family.forward_arguments(positions[own // n, :, step, None], None),
+                use_cache=False,
+                segments=None,
+                cache=cache,
+            ).last_hidden_state[:, 0]
+            cache.filled += 1
+        responses, log_probs = responses[:, : step + 1], log_probs[:, : step + 1]
+        ended = torch.isin(responses, ends).int()
         mask = (ended.cumsum(dim=1) - ended == 0).long()  # 1 up to and with the first end token
-        log_probs = torch.stack(sampler.log_probs, dim=1) * mask
-        responses = torch.where(mask.bool(), responses, self.special.pad)
-        return DataProto.from_dict(
-            {
-                "responses": responses.cpu(),
-                "response_mask": mask.cpu(),
-                "rollout_log_probs": log_probs.float().cpu(),
-            }
-        )
+        columns = {
+            "responses": torch.where(mask.bool(), responses, self.special.pad),
+            "response_mask": mask,
+            "rollout_log_probs": (log_probs * mask).float(),
+        }
+        return DataProto.from_dict({name: column.cpu() for name, column in columns.items()})
+
+    def _prefill(self, prompts: DataProto, n: int, steps: int) -> tuple[torch.Tensor, ResponseCache]:
+        """The last state [G, hidden] of each prompt, and the cache behind it."""
+        images, lengths = list(prompts["mm_inputs"]), prompts["prompt_mask"].sum(dim=1)
+        for ids, own, uid in zip(prompts["prompt_ids"], images, prompts["uid"], strict=True):
+            self.family.image_spans(ids, own, self.model.config, uid)  # raises where they disagree
+        # A response of one token: a packed row leaves the last one out and has the state that predicts it.
+        one = torch.ones(len(prompts), 1, dtype=torch.int64)
+        ids, mask = (torch.cat([prompts[name], one], dim=1) for name in ("prompt_ids", "prompt_mask"))
+        positions = torch.cat([prompts["prompt_positions"], one[:, None].expand(-1, 3, -1)], dim=2)
+        packed = pack(ids, mask, positions, one, images, self.device)
+        cache = ResponseCache(packed.states, lengths.to(self.device), n, steps)
+        return response_states(self.model, packed, packed.images, cache)[0], cache
+
+    @staticmethod
+    def _drop_done(rows: torch.Tensor, done: torch.Tensor, cache: ResponseCache) -> torch.Tensor:
+        """Rows [G, n] that are still computed: those at their end go as soon as that leaves half as many."""
+        going = ~done[rows]
+        groups, width = going.any(dim=1).nonzero().flatten(), int(going.sum(dim=1).max())
+        if 2 * len(groups) * width > rows.numel():
+            return rows
+        kept = done[rows[groups]].int().argsort(dim=1, stable=True)[:, :width]
+        cache.select(groups, kept)
+        return rows[groups].gather(1, kept)
