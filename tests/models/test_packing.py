@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForImageTextToText
 
 from tests.fakes.actors import build_actor, log_probs, process_group
+from tests.fakes.families import VISION
 from tests.fakes.rollouts import make_batch
 from verl.models import attention
-from verl.models.attention import segment_attention
+from verl.models.attention import segment_attention, use_segments, window_attention
 from verl.models.families.base import Images
 from verl.models.forward import model_inputs
 from verl.models.packing import Packed, pack
@@ -130,3 +132,27 @@ def test_padding_and_repeated_prompts_cost_nothing(assets):
     )
     prompts = (batch["attention_mask"].sum(1) - batch["response_mask"].sum(1))[::4].sum()
     assert inputs["packed"].ids.shape[1] == prompts + (batch["response_mask"].sum(1) - 1).sum()
+
+
+def test_windows_of_a_tower_attend_within_themselves_in_one_call_for_each_length():
+    query, key, value = torch.randn(3, 1, 2, 21, 4).unbind()
+    ends = torch.tensor([0, 5, 12, 17, 21], dtype=torch.int32)
+    found, _ = window_attention(SimpleNamespace(), query, key, value, None, 0.5, ends, 7)
+    for start, end in zip(ends[:-1], ends[1:], strict=True):
+        own = (tensor[:, :, start:end] for tensor in (query, key, value))
+        expected = F.scaled_dot_product_attention(*own, scale=0.5).transpose(1, 2)
+        torch.testing.assert_close(found[:, start:end], expected, atol=1e-6, rtol=0)
+
+
+def test_a_tower_by_segments_gives_what_it_gives_by_sdpa(families):
+    for model_type in VISION:
+        model = AutoModelForImageTextToText.from_pretrained(families[model_type] / "model")
+        batch = make_batch(families[model_type])
+        images = [item for row in batch["mm_inputs"] for item in row.items]
+        tensors = {name: torch.cat([item[name] for item in images]) for name in images[0]}
+        arguments = tensors["pixel_values"], tensors["image_grid_thw"]
+        plain = torch.cat(model.model.get_image_features(*arguments, return_dict=True).pooler_output)
+        use_segments(model)
+        found = torch.cat(model.model.get_image_features(*arguments, return_dict=True).pooler_output)
+        assert plain.abs().max() > 0 and model.config.vision_config._attn_implementation == attention.VISION
+        torch.testing.assert_close(found, plain, atol=1e-6, rtol=0)

@@ -1,4 +1,5 @@
-"""Attention over packed rows (`verl.models.packing`), in transformers' `AttentionInterface` as `segments`."""
+"""Attention by segments, for transformers' `AttentionInterface`: over packed rows (`verl.models.packing`) in the
+language model, over images and their windows in vision towers."""
 
 from __future__ import annotations
 
@@ -12,12 +13,16 @@ from transformers import AttentionInterface
 from verl.models.cache import ResponseCache
 from verl.models.packing import Segments
 
-NAME = "segments"
+LANGUAGE = "segments"
+VISION = "flash_segments"  # transformers hands the segments of a tower only to a function with "flash" in its name
 
 
 def use_segments(inner: nn.Module) -> None:
-    """Let the language model of the Hugging Face model `inner` attend by segments; its vision tower stays as it is."""
-    inner.config.get_text_config()._attn_implementation = NAME
+    """Let the Hugging Face model `inner` attend by segments; a vision tower only where it would by SDPA."""
+    inner.config.get_text_config()._attn_implementation = LANGUAGE
+    vision = getattr(inner.config, "vision_config", None)
+    if vision is not None and vision._attn_implementation == "sdpa":
+        vision._attn_implementation = VISION
 
 
 def segment_attention(
@@ -54,7 +59,43 @@ def segment_attention(
     return attend(query[0], key[0], value[0], segments, scaling)[None], None
 
 
-AttentionInterface.register(NAME, segment_attention)
+def window_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    cu_seq_lens_q: torch.Tensor,
+    max_length_q: int,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of patches, each over all of its segment.
+
+    Args:
+        query, key, value: [1, H, S, D].
+        cu_seq_lens_q: [segments + 1], where each begins and ends.
+        max_length_q: Patches of the longest one.
+
+    Returns:
+        [1, S, H, D].
+    """
+    if query.is_cuda:
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+        return varlen_attn(q, k, v, *(cu_seq_lens_q,) * 2, *(max_length_q,) * 2, scale=scaling)[None], None
+    starts, lengths, found = cu_seq_lens_q[:-1], cu_seq_lens_q.diff(), []
+    places = [starts[lengths == length, None] + torch.arange(length) for length in lengths.unique().tolist()]
+    for rows in places:  # segments of one length at a time: [G, length]
+        q, k, v = (tensor[0, :, rows].transpose(0, 1) for tensor in (query, key, value))
+        found.append(F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
+    order = torch.cat([rows.flatten() for rows in places]).argsort()
+    return torch.cat(found)[order][None], None
+
+
+AttentionInterface.register(LANGUAGE, segment_attention)
+AttentionInterface.register(VISION, window_attention)
 
 
 def _by_bucket(
