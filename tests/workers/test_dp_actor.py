@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
 from papo.terms import PerceptionKLConfig
@@ -28,6 +29,7 @@ from verl.algorithms.losses.estimators import Estimator
 from verl.algorithms.losses.policy import CISPOTermConfig, GSPOTermConfig, PolicyTermConfig
 from verl.algorithms.losses.ref_kl import RefKLTermConfig
 from verl.config.algorithm import LossAverage, OldLogProbs, ScheduleConfig, Truncation
+from verl.metrics.machine import peak_flops
 from verl.models.families.base import Family
 
 
@@ -364,3 +366,14 @@ def test_bfloat16_compute_with_float32_weights_is_close_to_float32(model, batch)
     metrics = update(rounded, batch, 1).result()
     assert metrics["actor/skipped_frac"] == 0
     assert {w.dtype for w in weights(rounded).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_operations_of_an_update_are_those_that_torch_counts(model, batch, frozen):
+    """But for what is left out or taken whole, and is little in real models: torch counts attention, the tower's merger
+    once for four patches, and not the last token of a response, here one of five."""
+    actor = build_actor(model, terms={"policy": PolicyTermConfig()}, freeze_vision_tower=frozen)
+    with FlopCounterMode(display=False) as counter:
+        update(actor, batch)
+    assert 1 < actor.operations(batch) / counter.get_total_flops() < 1.25
+    assert peak_flops("NVIDIA H100 80GB HBM3", None) == 989e12 and peak_flops("CPU", None) is None

@@ -40,6 +40,11 @@ class TrainerConfig:
     nnodes: int = option(1, "nodes", above=0)
     cluster_timeout_s: float = option(120.0, "seconds to wait for nodes and GPUs to join Ray", above=0)
     n_gpus_per_node: int = option(8, "training ranks per node: one per GPU, or one process each on CPU", above=0)
+    peak_tflops: float | None = option(
+        None,
+        "bfloat16 TFLOP/s of a device, for perf/mfu; null: by its name, and no perf/mfu if that is not known",
+        above=0,
+    )
     max_try_make_batch: int = option(20, "most generations of a step with algorithm.online_filtering", above=0)
     val_only: bool = option(False, "validate the model and end; writes to output_dir with -validation behind its name")
     val_before_train: bool = option(True, "validate before the first step")

@@ -1,4 +1,4 @@
-"""Time and memory of a step, as metrics."""
+"""Time and memory of a step, and the speed of a device, as metrics."""
 
 from __future__ import annotations
 
@@ -25,6 +25,25 @@ class Timings:
 
 
 GIB = 2**30
+# Dense bfloat16 TFLOP/s by a part of the device's name, from the makers' data sheets; the first that fits counts.
+PEAK_TFLOPS = {
+    "B200": 2250,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H200": 989,
+    "H20": 148,
+    "A100": 312,
+    "A800": 312,
+    "L40S": 362,
+    "RTX 4090": 165,
+}
+
+
+def peak_flops(device: str, override: float | None) -> float | None:
+    """FLOP/s of the device with this name; `override` is in TFLOP/s. None for one that is not in the table."""
+    found = override or next((peak for name, peak in PEAK_TFLOPS.items() if name in device), None)
+    return found and found * 1e12
 
 
 def host_memory() -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,6 +24,7 @@ from verl.config.sizes import compute_sizes
 from verl.config.worker import PASS_BUDGET, FSDPConfig, LoRAConfig, ModelConfig
 from verl.data.vision import load_special_tokens
 from verl.metrics.bag import MetricBag
+from verl.metrics.machine import peak_flops
 from verl.models.loading import resolve_dtype
 from verl.models.lora import adapter_off
 from verl.models.policy import PolicyModel
@@ -252,8 +254,13 @@ class ActorWorker(PolicyWorker):
             "model.enable_gradient_checkpointing",
             "fsdp.reshard_after_forward",
         )
+        start = time.perf_counter()
         with explain_oom("the policy's update", self.settings(*(f"worker.actor.{key}" for key in keys))):
-            return self.actor.update_policy(rows, self.sizes, coefs)
+            metrics = self.actor.update_policy(rows, self.sizes, coefs)
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+        if (peak := peak_flops(device, self.config.trainer.peak_tflops)) is not None:
+            metrics.add("perf/mfu", self.actor.operations(rows) / (time.perf_counter() - start) / peak)
+        return metrics
 
     def send_through(self, carrier: str) -> tuple[str, int] | None:
         """Prepare a carrier; where sender and receivers must meet, returns (host, port) on the sending rank."""

@@ -7,6 +7,7 @@ have nothing to do, or a group alone is more than a budget.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from verl.columns import ORIGINAL, view_column
 from verl.models.packing import prefix_keys
 from verl.protocol import DataProto
 
-PATCHES_PER_TOKEN = 4  # a patch costs the vision towers of 3B and 7B models an eighth to a quarter of a token
+PATCH_TOKENS = 1 / 4  # a patch costs the vision towers of 3B and 7B models an eighth to a quarter of a token
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Work:
     """Computed tokens of rows under several views: each different prefix once, with its image patches, and each
     response once per view that covers its row."""
 
-    def __init__(self, batch: DataProto, views: Sequence[str]) -> None:
+    def __init__(self, batch: DataProto, views: Sequence[str], patch_tokens: float = PATCH_TOKENS) -> None:
         self.group = prefix_keys(batch, ORIGINAL)
         self.prefixes: list[dict[object, int]] = [{} for _ in self.group]
         self.responses = [0] * len(self.group)
@@ -56,7 +57,7 @@ class Work:
             keys = self.group if view == ORIGINAL else prefix_keys(batch, view)
             for row in (row for row, covers in enumerate(covered) if covers):
                 patches = batch[view_column(view, "mm_inputs")][row].patches
-                self.prefixes[row][keys[row]] = prompts[row] + -(-patches // PATCHES_PER_TOKEN)
+                self.prefixes[row][keys[row]] = prompts[row] + math.ceil(patches * patch_tokens)
                 self.responses[row] += lengths[row]
 
     def tokens(self, rows: Sequence[int]) -> int:

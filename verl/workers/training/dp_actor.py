@@ -15,6 +15,7 @@ from verl.columns import ORIGINAL, view_column
 from verl.config.algorithm import OldLogProbs
 from verl.config.worker import ActorConfig
 from verl.metrics.bag import MetricBag
+from verl.models.families import family_of
 from verl.models.forward import forward_views
 from verl.models.policy import PolicyModel
 from verl.protocol import DataProto
@@ -109,6 +110,20 @@ class DataParallelActor:
         names = [ALL, *(term.name for term in self.terms)]
         pairs = zip(names, counts.tolist(), strict=True)
         return {name: Denominators(*pair, self.max_response_length) for name, pair in pairs}
+
+    def operations(self, batch: DataProto) -> float:
+        """Floating point operations that the updates on `batch` cannot do without, attention and recomputation left
+        out: per weight and token (in the head token of a response, in the tower patch) 2 in forward, 2 for the gradient
+        of activations and 2 for that of the weight, where it is trained. A frozen tower has no backward."""
+        inner = self.policy.inner
+        tower, head = family_of(inner.config).tower(inner), inner.lm_head.weight
+        of_tower = list(tower.parameters()) if tower is not None else []
+        others = {id(weight) for weight in (*of_tower, head, inner.get_input_embeddings().weight)}
+        per_token = sum((6 if w.requires_grad else 4) * w.numel() for w in inner.parameters() if id(w) not in others)
+        per_patch = sum((6 if w.requires_grad else 2) * w.numel() for w in of_tower)
+        work = Work(batch, [ORIGINAL, *self.requirements.live_views], per_patch / per_token)
+        in_head = (6 if head.requires_grad else 4) * head.numel() * sum(work.responses)
+        return float(per_token * work.tokens(range(len(batch))) + in_head) * self.config.ppo_epochs
 
     def _backward(
         self,
