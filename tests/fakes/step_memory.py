@@ -44,7 +44,7 @@ def main(model: str, n: int) -> None:
     columns = ["input_ids", "attention_mask", "position_ids", "response_mask", "mm_inputs", "masked_mm_inputs"]
     for shard in rows.select(columns).chunk(RANKS):
         own = loads(dumps(shard, protocol=5))
-        for part in own.chunk(len(own) // 2):
+        for part in own.chunk(max(1, len(own) // 2)):
             masked = DataProto(part.tensors, {"mm_inputs": part.objects["masked_mm_inputs"]})
             assert model_inputs(part, torch.device("cpu"))["images"] is not None
             assert model_inputs(masked, torch.device("cpu"))["images"] is not None

@@ -140,7 +140,7 @@ def test_a_detached_view_no_reference_one_rank_and_a_term_from_a_users_file(asse
     first, second = records(tmp_path / "out" / "metrics.jsonl")
     assert 0 < first["actor/confident"] < 1 and first["actor/grad_per_token/confident"] > 0
     assert "actor/ref_kl" not in first and "timing_s/ref_log_probs" not in first
-    assert first["timing_s/masked_log_probs"] > 0 and first["actor/perception_kl"] > 0
+    assert first["timing_s/log_probs"] > 0 and first["actor/perception_kl"] > 0
     assert "loss term 'masked_entropy' has coefficient 0.01 and can give no gradient" in done.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert set(summary) == {"steps", "seconds", "seed"} and not (tmp_path / "out" / "model").exists()
@@ -213,7 +213,7 @@ def test_papo_d_filters_groups_and_shapes_long_responses(assets, tmp_path):
         # One update per step: a pass for the old log-probs only where responses have waited, which keep the engine's.
         # How far the engine is off is measured on the others.
         waited = record["rollout/weight_version"] != record["step"] - 1
-        assert ("timing_s/old_log_probs" in record) == waited
+        assert ("timing_s/log_probs" in record) == waited
         assert record.get("rollout/log_prob_diff_max", 0.0) < 1e-4
     # Three prompts at a time cannot fill the first step of four groups at once.
     assert first["rollout/weight_version"] == 0 and first["train/filter_tries"] >= 2

@@ -18,6 +18,7 @@ PARKED = (
     "cpu_offload=true keeps them in main memory, where the optimizer's step is much slower"
 )
 LORA = "worker.actor.model.lora"
+MICRO_BATCH = "worker.actor.micro_batch_size_per_device_for_"
 TEMPLATES = os.path.join(os.path.dirname(CONFIG_DIR), "examples", "format_prompt")
 UNLIMITED = 1_000_000  # generations for a step; a run that needs so many never ends anyway
 
@@ -46,10 +47,9 @@ def _critic(given: Mapping[str, Any]) -> Changes:
         inner = value if name in nested else {name: value}
         known = nested.get(name, {n: n for n in names})
         for key, own in inner.items():
-            if key == "micro_batch_size_per_device_for_experience":
-                continue
             if key == "micro_batch_size_per_device_for_update":
                 changes["worker.critic.max_tokens_per_micro_batch"] = tokens_of_rows(own)
+            if key.startswith("micro_batch_size_per_device_for_"):
                 continue
             if key not in known:
                 where = f"worker.critic.{name}.{key}" if name in nested else f"worker.critic.{key}"
@@ -269,17 +269,8 @@ ACTOR = [
     # The entropy as a metric, as in every preset; nothing of the old names it.
     Rule({}, lambda old: {"/term@algorithm.terms.entropy": "entropy"}),
     same("worker.actor.global_batch_size", 256),
-    renamed(
-        "worker.actor.micro_batch_size_per_device_for_update",
-        "worker.actor.max_tokens_per_micro_batch",
-        4,
-        tokens_of_rows,
-    ),
-    no_effect(
-        "worker.actor.micro_batch_size_per_device_for_experience",
-        16,
-        "passes without gradient take four times worker.actor.max_tokens_per_micro_batch",
-    ),
+    renamed(f"{MICRO_BATCH}update", "worker.actor.max_tokens_per_micro_batch", 4, tokens_of_rows),
+    no_effect(f"{MICRO_BATCH}experience", 16, "passes without gradient take four times max_tokens_per_micro_batch"),
     same("worker.actor.max_grad_norm", 1.0),
     Rule(
         {"worker.actor.loss_avg_mode": "token"},
