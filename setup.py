@@ -46,7 +46,10 @@ EXTRAS = {
     "swanlab": ["swanlab>=0.10,<1"],
     # Built against the torch that is there: pip install --no-build-isolation -e '.[flash-attn]'
     "flash-attn": ["flash-attn>=2.8.3,<3"],
-    "test": ["pytest>=8,<10", "hypothesis>=6.100,<7", *TENSORBOARD, *WANDB],
+    "test": [
+        *("pytest>=8,<10", "pytest-xdist>=3.6,<4", "pytest-timeout>=2.3,<3", "hypothesis>=6.100,<7"),
+        *(*TENSORBOARD, *WANDB),
+    ],
     "dev": ["ruff>=0.9,<1", "pre-commit>=4,<5"],
 }
 

