@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from papo.plugin import register
+from papo.tools.compare import add_compare
 from papo.tools.data_check.command import add_data
 from papo.tools.doctor.command import add_doctor
 from papo.tools.export.command import add_export
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add_doctor(commands)
     add_export(commands)
     add_data(commands)
+    add_compare(commands)
     return top
 
 

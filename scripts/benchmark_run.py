@@ -29,7 +29,7 @@ from papo.quickstart.tiny_vlm import build_model
 HERE = Path(__file__).resolve().parent.parent
 VARIANTS = {
     "grpo": ("grpo", []),
-    "papo, stored view": ("papo_grpo", ["algorithm.views.masked.grad=false", "~term@algorithm.terms.masked_entropy"]),
+    "papo, stored view": ("papo_grpo", ["algorithm.views.masked.grad=false"]),
     "papo, live view": ("papo_grpo", []),
 }
 STEPS, WARM_UP, SIDE, PROMPTS, RESPONSES, LENGTH = 4, 1, 448, 4, 8, 128
@@ -69,7 +69,12 @@ def run(tree: Path, folder: Path, name: str, options: argparse.Namespace) -> dic
     out = folder / "out" / f"{tree.name}-{name.replace(', ', '-').replace(' ', '-')}"
     given = [
         f"data.train_files={folder / 'train.parquet'}",
-        *("data.val_files=null", "data.max_prompt_length=300", f"data.max_response_length={LENGTH}"),
+        *(
+            "data.val_files=null",
+            "data.format_prompt=null",
+            "data.max_prompt_length=300",
+            f"data.max_response_length={LENGTH}",
+        ),
         *(f"data.rollout_batch_size={PROMPTS}", "data.num_workers=0", f"data.max_pixels={SIDE * SIDE}"),
         f"worker.actor.model.model_path={folder / 'model'}",
         f"worker.actor.global_batch_size={PROMPTS}",
@@ -89,7 +94,11 @@ def run(tree: Path, folder: Path, name: str, options: argparse.Namespace) -> dic
         raise RuntimeError(f"{name} in {tree} failed:\n{done.stderr[-4000:]}")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "timing_s/step" in line][WARM_UP:]
-    return {key: statistics.median(line[key] for line in steps) for key in steps[0] if isinstance(steps[0][key], float)}
+    return {
+        key: statistics.median(line[key] for line in steps)
+        for key in steps[0]
+        if isinstance(steps[0][key], (int, float))
+    }
 
 
 def main() -> None:

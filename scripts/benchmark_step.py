@@ -24,6 +24,7 @@ from verl.models.families.qwen_vl import GRID, PIXELS
 from verl.models.log_probs import chunked_log_probs
 from verl.models.packing import pack
 from verl.models.policy import PolicyModel
+from verl.utils.process import keep_freed_memory
 
 VOCABULARY, IMAGE_TOKEN, MERGE, CHUNK = 8000, 7999, 2, 1024
 CPU = torch.device("cpu")
@@ -124,6 +125,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as a worker does
     plain, inner = build(), build()
     use_segments(inner)
     policy = PolicyModel(inner, [], 1.0, CHUNK)

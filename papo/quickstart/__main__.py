@@ -1,6 +1,6 @@
 """`python -m papo.quickstart OUT_DIR`: make the digits, the tiny model and its warm start, or reuse them.
 
-Leaves in OUT_DIR: `data/{sft,train,val}.parquet`, `base/` (untrained) and `model/`, where reinforcement learning
+Leaves in OUT_DIR: `data/*.parquet`, `base/` (untrained) and `model/`, where reinforcement learning
 starts.
 """
 
@@ -14,29 +14,33 @@ import pyarrow.parquet as pq
 import torch
 
 from papo.quickstart.digits import build_data
+from papo.quickstart.hints import TASKS, build_hinted_data
 from papo.quickstart.tiny_vlm import build_model
-from papo.quickstart.warm_start import warm_start
+from papo.quickstart.warm_start import WarmStartSettings, warm_start
 from verl.data.rows import IMAGE_MARKER, load_template
-from verl.utils.process import LOG_FORMAT, quiet_libraries
+from verl.utils.process import LOG_FORMAT, keep_freed_memory, quiet_libraries
 
 logger = logging.getLogger("papo.quickstart")
 
 FORMAT_PROMPT = Path(__file__).resolve().parents[2] / "examples" / "format_prompt" / "math_perception.jinja"
 
 
-def prepare(out_dir: Path, format_prompt: Path, seed: int = 0) -> Path:
+def prepare(out_dir: Path, format_prompt: Path, seed: int = 0, task: str = "digits") -> Path:
     """Make whatever is missing in `out_dir` or was made with other settings, and return the model's folder.
 
     Raises:
         ValueError, FileNotFoundError: the template is none, or a folder holds files that are not the quickstart's.
     """
     template = load_template(str(format_prompt))
-    data = build_data(out_dir / "data", seed=seed)
-    rows = pq.read_table(data.sft, columns=["problem", "solution"]).to_pylist()
+    folder = out_dir / "data"
+    data = build_data(folder, seed) if task == "digits" else build_hinted_data(folder, TASKS[task], seed)
+    sft = data / "sft.parquet"
+    rows = pq.read_table(sft, columns=["problem", "solution"]).to_pylist()
     corpus = {template.render(content=row["problem"]).replace(IMAGE_MARKER, "") for row in rows}
     corpus |= {row["solution"] for row in rows}
     base = build_model(out_dir / "base", corpus, seed=seed)
-    return warm_start(base, data.sft, out_dir / "model", format_prompt, seed=seed)
+    settings = WarmStartSettings() if task == "digits" else WarmStartSettings(target_loss=TASKS[task].target_loss)
+    return warm_start(base, sft, out_dir / "model", format_prompt, seed, settings)
 
 
 def main() -> None:
@@ -46,6 +50,7 @@ def main() -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of pictures, weights and warm start; RL has its own (default: %(default)s)"
     )
+    parser.add_argument("--task", choices=("digits", *TASKS), default="digits", help="(default: %(default)s)")
     parser.add_argument(
         "--format-prompt", type=Path, default=FORMAT_PROMPT, help="jinja template of the prompt (default: %(default)s)"
     )
@@ -55,8 +60,9 @@ def main() -> None:
     quiet_libraries()
     # A second thread gains nothing on so small a model, and the same number everywhere gives the same weights.
     torch.set_num_threads(1)
+    keep_freed_memory()
     try:
-        prepare(arguments.out_dir, arguments.format_prompt, arguments.seed)
+        prepare(arguments.out_dir, arguments.format_prompt, arguments.seed, arguments.task)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
 

@@ -50,21 +50,12 @@ class DigitsSettings:
 DEFAULT_SETTINGS = DigitsSettings()
 
 
-@dataclass(frozen=True)
-class DataPaths:
-    """The three files that `build_data` writes."""
-
-    sft: Path
-    train: Path
-    val: Path
-
-
 def solution_text(digits: list[int]) -> str:
     """Return the worked response: `[3, 5, 6]` becomes `<think>3+5+6</think>\\boxed{14}`."""
     return f"<think>{'+'.join(map(str, digits))}</think>\\boxed{{{sum(digits)}}}"
 
 
-def build_data(out_dir: str | Path, seed: int = 0, settings: DigitsSettings = DEFAULT_SETTINGS) -> DataPaths:
+def build_data(out_dir: str | Path, seed: int = 0, settings: DigitsSettings = DEFAULT_SETTINGS) -> Path:
     """Write `sft.parquet`, `train.parquet` and `val.parquet`, or reuse them where the same settings made them.
 
     Columns: `images` (list of {bytes: PNG, path: stable name}), `problem`, `answer`; `sft.parquet` adds
@@ -74,26 +65,40 @@ def build_data(out_dir: str | Path, seed: int = 0, settings: DigitsSettings = DE
         out_dir: A folder of their own; it is replaced as a whole.
         seed: Chooses which digits meet in a picture. The split into three does not depend on it.
 
+    Returns:
+        `out_dir`.
+
     Raises:
         ValueError: `out_dir` holds foreign files, or more source images are asked for than exist.
     """
     out_dir = Path(out_dir)
-    paths = DataPaths(*(out_dir / f"{name}.parquet" for name in ("sft", "train", "val")))
     recipe = {"kind": "digits", "version": 1, "seed": seed, **asdict(settings)}
     if is_current(out_dir, recipe):
         logger.info("Reusing the data in %s.", out_dir)
-        return paths
+    else:
+        write_data(out_dir, recipe, compose(settings, seed))
+    return out_dir
 
+
+def compose(settings: DigitsSettings, seed: int) -> dict[str, list[dict[str, Any]]]:
+    """The rows of each file by its name, with a column `digits` that is not written."""
     pictures, labels = _load_pictures()
-    rows = {"sft": settings.sft_rows, "train": settings.train_rows, "val": settings.val_rows}
+    counts = {"sft": settings.sft_rows, "train": settings.train_rows, "val": settings.val_rows}
+    files = {}
+    for index, (name, pool) in enumerate(_split(labels, settings).items()):
+        rng = np.random.default_rng([seed, index])
+        rows = _compose(pictures, labels, pool, counts[name], settings.mix, name, rng)
+        files[name] = list(tqdm(rows, total=counts[name], desc=f"digits: {name}", leave=False))
+    return files
+
+
+def write_data(out_dir: Path, recipe: dict[str, Any], files: dict[str, list[dict[str, Any]]]) -> None:
+    """Write each of `files` as a parquet file, and `recipe` as the settings that made them."""
     with new_folder(out_dir, recipe) as folder:
-        for index, (name, pool) in enumerate(_split(labels, settings).items()):
-            rng = np.random.default_rng([seed, index])
-            composed = _compose(pictures, labels, pool, rows[name], settings.mix, name, rng)
-            table = list(tqdm(composed, total=rows[name], desc=f"digits: {name}", leave=False))
-            _write(folder / f"{name}.parquet", table, with_solution=name == "sft")
-    logger.info("Wrote %s pictures to %s.", ", ".join(f"{count} {name}" for name, count in rows.items()), out_dir)
-    return paths
+        for name, rows in files.items():
+            _write(folder / f"{name}.parquet", rows, with_solution=name == "sft")
+    counts = ", ".join(f"{len(rows)} {name}" for name, rows in files.items())
+    logger.info("Wrote %s pictures to %s.", counts, out_dir)
 
 
 def _load_pictures() -> tuple[np.ndarray, np.ndarray]:
@@ -134,14 +139,15 @@ def _compose(
         chosen = [deck.pop() for _ in range(num_digits)]
         digits = labels[chosen].tolist()
         yield {
-            "images": [{"bytes": _png(pictures[chosen]), "path": f"{name}-{row:05d}.png"}],
+            "images": [{"bytes": png(pictures[chosen]), "path": f"{name}-{row:05d}.png"}],
+            "digits": digits,
             "problem": PROBLEM,
             "answer": str(sum(digits)),
             "solution": solution_text(digits),
         }
 
 
-def _png(digits: np.ndarray) -> bytes:
+def png(digits: np.ndarray) -> bytes:
     """Encode digits uint8 [k, 28, 28], side by side, as one RGB PNG of 28k x 28 pixels."""
     buffer = io.BytesIO()
     Image.fromarray(np.concatenate(list(digits), axis=1)).convert("RGB").save(buffer, format="PNG")
@@ -153,5 +159,5 @@ def _write(path: Path, rows: list[dict[str, Any]], with_solution: bool) -> None:
     if with_solution:
         fields.append(("solution", pa.string()))
     schema = pa.schema(fields)
-    # from_pylist takes only the columns of the schema, so `solution` never leaks into the RL files.
+    # from_pylist takes only the columns of the schema: neither `solution` nor `digits` leaks into the RL files.
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)

@@ -25,7 +25,7 @@ from verl.algorithms.losses.ref_kl import RefKLTermConfig
 from verl.algorithms.requirements import find_requirements
 from verl.columns import view_column
 from verl.config.algorithm import LossTermConfig, OldLogProbs
-from verl.config.worker import ActorConfig, ComputeDtype, FSDPConfig, ModelConfig
+from verl.config.worker import ActorConfig, ComputeDtype, FSDPConfig, ModelConfig, Offload
 from verl.data.vision import load_special_tokens
 from verl.metrics.bag import MetricBag
 from verl.models.policy import PolicyModel
@@ -75,7 +75,7 @@ def build_actor(
     fsdp = FSDPConfig(
         compute_dtype=ComputeDtype(options.pop("compute_dtype", "float32")),
         reshard_after_forward=options.pop("reshard_after_forward", True),
-        cpu_offload=options.pop("cpu_offload", False),
+        offload=options.pop("offload", Offload.none),
     )
     dtype = options.pop("dtype", torch.float32)
     temperature = options.pop("temperature", 1.0)

@@ -16,7 +16,7 @@ CORPUS = [
 def make_assets(folder: Path) -> Path:
     settings = DigitsSettings(sft_images=20, sft_rows=8, train_images=200, train_rows=24, val_rows=6)
     paths = build_data(folder / "data", settings=settings)
-    shutil.copy(paths.train, folder / "train.parquet")
-    shutil.copy(paths.val, folder / "val.parquet")
+    shutil.copy(paths / "train.parquet", folder / "train.parquet")
+    shutil.copy(paths / "val.parquet", folder / "val.parquet")
     build_model(folder / "model", CORPUS, seed=3)
     return folder

@@ -41,7 +41,7 @@ def pictures(path) -> set[bytes]:
 
 
 def test_the_three_files_share_no_digit(data):
-    sft, train, val = (pictures(path) for path in (data.sft, data.train, data.val))
+    sft, train, val = (pictures(path) for path in (data / "sft.parquet", data / "train.parquet", data / "val.parquet"))
     assert not sft & train and not sft & val and not train & val
     # The whole pool, not only what 30 rows drew from it:
     labels = __import__("sklearn.datasets", fromlist=["load_digits"]).load_digits().target
@@ -54,21 +54,21 @@ def test_rows_have_the_columns_of_the_paper_data_and_true_answers(data):
     from verl.utils.imports import import_function
 
     score = import_function(f"{reward_path}:{name}", "key")
-    for row in rows(data.sft):
+    for row in rows(data / "sft.parquet"):
         assert set(row) == {"images", "problem", "answer", "solution"}
         assert row["problem"].count("<image>") == len(row["images"]) == 1
         digits = row["solution"].split("<think>")[1].split("</think>")[0].split("+")
         assert 2 <= len(digits) <= 4 and sum(map(int, digits)) == int(row["answer"])
         given = RewardInput(response=row["solution"], response_length=9, ground_truth=row["answer"])
         assert score(given) == {"overall": 1.0, "accuracy": 1.0, "format": 1.0}
-    assert "solution" not in rows(data.train)[0]
+    assert "solution" not in rows(data / "train.parquet")[0]
 
 
 def test_the_same_settings_are_used_again_and_others_are_not(data):
-    before = data.train.stat().st_mtime_ns
-    assert build_data(data.train.parent, settings=SMALL).train.stat().st_mtime_ns == before
-    assert not is_current(data.train.parent, {"kind": "digits"})
-    other = build_data(data.train.parent, settings=replace(SMALL, val_rows=31))
+    before = (data / "train.parquet").stat().st_mtime_ns
+    assert (build_data(data, settings=SMALL) / "train.parquet").stat().st_mtime_ns == before
+    assert not is_current(data, {"kind": "digits"})
+    other = build_data(data, settings=replace(SMALL, val_rows=31))
     assert len(rows(other.val)) == 31
 
 
@@ -95,7 +95,7 @@ def test_a_warm_start_stops_on_its_loss_and_is_the_same_twice(tmp_path, data):
     base = build_model(tmp_path / "base", CORPUS, seed=0)
     template = REPOSITORY / "examples/format_prompt/math_perception.jinja"
     settings = WarmStartSettings(target_loss=4.5, final_steps=2, max_steps=40, batch_size=8, warmup_steps=5)
-    sft = build_data(data.sft.parent.parent / "again", settings=SMALL).sft
+    sft = build_data(data.parent / "again", settings=SMALL) / "sft.parquet"
     models = [
         AutoModelForImageTextToText.from_pretrained(warm_start(base, sft, tmp_path / name, template, 1, settings))
         for name in ("first", "second")

@@ -19,7 +19,7 @@ from tests.fakes.rollouts import make_batch
 from verl.checkpoint.files import BrokenCheckpoint, files_in, read_manifest, seal, verify, write_manifest
 from verl.checkpoint.folder import CheckpointFolder
 from verl.checkpoint.tensors import SaveFailed, load_full_model, saved_tensors
-from verl.config.worker import LoRAConfig, OptimStrategy
+from verl.config.worker import LoRAConfig, Offload, OptimStrategy
 from verl.protocol import DataProto
 from verl.workers.fsdp.checkpoint import load_state
 
@@ -71,14 +71,14 @@ def test_one_more_update_after_a_resume_is_the_same_bit_for_bit(model, batch, sa
 KINDS = {
     "frozen vision tower": {"freeze_vision_tower": True},
     "LoRA": {"lora": LoRAConfig(rank=4)},
-    "CPU offload": {"cpu_offload": True},
+    "CPU offload": {"offload": Offload.always},
     "bfloat16 compute over float32": {"compute_dtype": "bfloat16"},
     "bfloat16 alone": {"compute_dtype": "bfloat16", "strategy": OptimStrategy.adamw_bf16},
     "LoRA in bfloat16, offloaded": {
         "lora": LoRAConfig(rank=4),
         "compute_dtype": "bfloat16",
         "strategy": OptimStrategy.adamw_bf16,
-        "cpu_offload": True,
+        "offload": Offload.always,
     },
 }
 

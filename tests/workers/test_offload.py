@@ -16,7 +16,7 @@ from verl.config.compose import compose_config
 from verl.protocol import DataProto
 from verl.workers.model_worker import ActorWorker, CriticWorker, ReferenceWorker
 
-OFFLOAD = [f"worker.{role}.fsdp.cpu_offload=true" for role in ("actor", "ref", "critic")]
+OFFLOAD = [f"worker.{role}.fsdp.offload=always" for role in ("actor", "ref", "critic")]
 BF16 = [f"worker.{role}.optim.strategy=adamw_bf16" for role in ("actor", "critic")]
 
 

@@ -28,7 +28,9 @@ class DataConfig:
         "parquet, JSON, JSONL or Arrow files, folders of them, or hub names, `path@split`, comma-separated; `path*0.5` "
         "takes half of its rows in an epoch, other ones in each, `path*2` all of them twice",
     )
-    val_files: str | None = option(None, "as train_files, without weights")
+    val_files: str | None = option(
+        None, "as train_files, without weights; of several, each is reported too (val/FILE/accuracy)"
+    )
     prompt_key: str = option("problem", "column of the problem")
     answer_key: str = option("answer", "column of the ground truth")
     image_key: str = option("images", "column of the images")

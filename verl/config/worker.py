@@ -93,6 +93,14 @@ class OptimConfig:
     min_lr_ratio: float = option(0.0, "last learning rate of the cosine, as a share of lr")
 
 
+class Offload(StrEnum):
+    """When a model's weights and states are in main memory."""
+
+    none = "none"
+    between_phases = "between_phases"
+    always = "always"
+
+
 @dataclass
 class FSDPConfig:
     """Sharding of a model over all training ranks (FSDP2)."""
@@ -102,7 +110,14 @@ class FSDPConfig:
     )
     reshard_after_forward: bool = option(True, "free gathered weights before backward: less memory, more traffic")
     min_block_params: int = option(0, "blocks with fewer parameters are sharded with the whole: fewer gathers", least=0)
-    cpu_offload: bool = option(False, "weights, gradients and optimizer in main memory: much less GPU memory, slower")
+    offload: Offload = option(
+        Offload.none,
+        "weights and optimizer in main memory: none; between_phases, while engines or other models have the GPU; "
+        "always, where the optimizer then works, much slower",
+    )
+    shard_size: int | None = option(
+        None, "ranks over which one copy of the weights is spread; null: those of a node, each node a copy", least=1
+    )
 
 
 @dataclass
@@ -190,6 +205,13 @@ class RolloutConfig:
     dedicated_gpus: int = option(0, "GPUs of the engines besides the trainer's; 0: they share", least=0)
     cpu_threads: int | None = option(None, "threads of an engine on CPU", least=1)
     gpu_memory_utilization: float = option(0.6, "share of a GPU that vllm takes while awake", above=0, most=1)
+    sleep_level: int = option(
+        1,
+        "while the trainer works, vllm on its GPUs keeps the weights in main memory (1) or drops them (2), which has "
+        "corrupted vision-language models",
+        least=1,
+        most=2,
+    )
     enforce_eager: bool = option(False, "no CUDA graphs (vllm)")
     enable_chunked_prefill: bool | None = option(None, "prefill in pieces (vllm); null: on GPUs")
     max_model_len: int | None = option(None, "longest sequence (vllm); null: the longest prompt and response")

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from verl.config.compose import CONFIG_DIR
 from verl.legacy.rule import Changes, Old, Rule, choice, no_effect, only, refusal, renamed, same
 
 STORED = "what weights are kept in follows from worker.actor.optim.strategy, and a reference's from its compute dtype"
-PARKED = (
-    "weights and states stay on the GPU between the phases of a step; where they do not fit, worker.{}.fsdp."
-    "cpu_offload=true keeps them in main memory, where the optimizer's step is much slower"
-)
 LORA = "worker.actor.model.lora"
 MICRO_BATCH = "worker.actor.micro_batch_size_per_device_for_"
 TEMPLATES = os.path.join(os.path.dirname(CONFIG_DIR), "examples", "format_prompt")
@@ -40,7 +37,7 @@ def _critic(given: Mapping[str, Any]) -> Changes:
     nested = {
         "model": {"model_path": "model_path"},
         "optim": {n: f"optim.{n}" for n in ("lr", "betas", "weight_decay", "strategy")},
-        "offload": dict.fromkeys(("offload_params", "offload_optimizer")),
+        "offload": dict.fromkeys(("offload_params", "offload_optimizer"), "fsdp.offload"),
     }
     changes = {}
     for name, value in given.items():
@@ -54,8 +51,9 @@ def _critic(given: Mapping[str, Any]) -> Changes:
             if key not in known:
                 where = f"worker.critic.{name}.{key}" if name in nested else f"worker.critic.{key}"
                 raise refusal(where, own, "leave it out: the critic's other settings are the actor's")
-            if known[key] is not None:
-                changes[f"worker.critic.{known[key]}"] = own
+            if name == "offload":
+                own = "between_phases" if own else changes.get("worker.critic.fsdp.offload", "none")
+            changes[f"worker.critic.{known[key]}"] = own
     return changes
 
 
@@ -181,18 +179,36 @@ def _reward_function(old: Old) -> Changes:
     return {"worker.reward.reward_function": function}
 
 
+def _offload(role: str, old: Old) -> Changes:
+    """Upstream's `offload` parks states between phases; its `enable_cpu_offload` lets the optimizer work there."""
+    parked = old[f"worker.{role}.offload.offload_params"] or old[f"worker.{role}.offload.offload_optimizer"]
+    always = old[f"worker.{role}.fsdp.enable_cpu_offload"]
+    return {f"worker.{role}.fsdp.offload": "always" if always else "between_phases"} if always or parked else {}
+
+
+def _shard_size(role: str, old: Old) -> Changes:
+    size = old[f"worker.{role}.fsdp.fsdp_size"]
+    return {} if size == -1 else {f"worker.{role}.fsdp.shard_size": size}
+
+
 def _fsdp(role: str) -> list[Rule]:
     where = f"worker.{role}.fsdp"
     precise = {"bf16": "auto", "bfloat16": "auto", "fp32": "float32", "float32": "float32"}
     return [
         renamed(f"{where}.enable_full_shard", f"{where}.reshard_after_forward", True),
-        renamed(f"{where}.enable_cpu_offload", f"{where}.cpu_offload", False),
-        no_effect(f"worker.{role}.offload.offload_params", False, PARKED.format(role)),
-        no_effect(f"worker.{role}.offload.offload_optimizer", False, PARKED.format(role)),
+        Rule(
+            {
+                f"{where}.enable_cpu_offload": False,
+                f"worker.{role}.offload.offload_params": False,
+                f"worker.{role}.offload.offload_optimizer": False,
+            },
+            partial(_offload, role),
+            "between phases weights and states go to main memory together",
+        ),
         no_effect(f"{where}.enable_rank0_init", True, "rank 0 reads the weights and gives the others their shards"),
         no_effect(f"{where}.use_orig_params", False, "FSDP2 always does"),
         no_effect(f"{where}.torch_dtype", None, STORED),
-        only(f"{where}.fsdp_size", -1, (-1,), "weights are sharded over all ranks"),
+        Rule({f"{where}.fsdp_size": -1}, partial(_shard_size, role), "weights are sharded over a node"),
         choice(f"{where}.mp_param_dtype", f"{where}.compute_dtype", "bf16", precise, "bf16 and fp32 are known"),
         only(f"{where}.mp_reduce_dtype", "fp32", ("fp32", "float32"), "gradients are reduced in float32"),
         no_effect(f"{where}.mp_buffer_dtype", "fp32", "buffers keep the model's own precision"),

@@ -57,7 +57,7 @@ class Layout:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Seat:
     """A rollout replica's place: a bundle of the placement group, how much of its GPU Ray counts, and, where it
     needs several GPUs, which."""
@@ -65,6 +65,10 @@ class Seat:
     bundle: int
     gpu_share: float
     visible_gpus: list[str] | None = None
+    bundles: tuple[int, ...] = ()  # of all its GPUs; of the trainer's these are the ranks
+
+    def __post_init__(self) -> None:
+        self.bundles = self.bundles or (self.bundle,)
 
 
 def plan_layout(config: TrainerConfig, rollout: RolloutConfig) -> Layout:
@@ -179,7 +183,7 @@ def wide_seats(places: dict[int, tuple[str, str]], width: int, replicas: int, sh
     for members in nodes.values():
         for start in range(0, len(members) - width + 1, width):
             part = members[start : start + width]
-            seats.append(Seat(part[0][0], share, [gpu for _, gpu in part]))
+            seats.append(Seat(part[0][0], share, [gpu for _, gpu in part], tuple(bundle for bundle, _ in part)))
     if len(seats) < replicas:
         raise ValueError(
             f"worker.rollout.tensor_parallel_size={width}: {replicas} engines do not fit on nodes with "

@@ -53,6 +53,7 @@ class RolloutGroup:
         self.seats = rollout_seats(layout, placement)
         self.replicas = [self._start(index) for index in range(len(self.seats))]
         self.actor: ActorGroup | None = None
+        self.connected: list[int] = []  # replicas between which and the actor the carrier is open
         self.version = 0
         self.failures = 0
 
@@ -137,8 +138,12 @@ class RolloutGroup:
                     f"own error:\n{error}"
                 ) from error
             logger.warning("%s and is started again (failure %d of %d): %s", what, self.failures, limit, error)
+            self.connected = []
             for index in indices:
                 ray.kill(self.replicas[index])
+            if self.actor is not None and self.layout.shares_gpus:
+                self.actor.free_cache()  # an engine that starts asks how much memory its GPU has left
+            for index in indices:
                 self.replicas[index] = self._start(index)
             try:
                 ray.get([self.replicas[index].ready.remote() for index in indices])
@@ -164,23 +169,29 @@ class RolloutGroup:
         if not receivers.alive:
             return receivers.lost
         try:
-            self._connect(receivers)
+            if self.connected != receivers.alive:
+                self._connect(receivers)
             receivers.call(RolloutWorker.wake_weights)
             receivers.call(RolloutWorker.begin_weights)
             for layout in layouts:
-                payloads = actor.send_bucket(layout)
-                sent = payloads if carrier.every_rank else payloads[:1]
-                receivers.start(RolloutWorker.load_bucket, layout, *([] if carrier.together else sent))
+                payloads = actor.send_bucket(layout, self._senders(receivers) if carrier.every_rank else [0])
+                receivers.start(RolloutWorker.load_bucket, layout, *([] if carrier.together else payloads))
                 if carrier.together:
                     ray.get(payloads)
             receivers.call(RolloutWorker.finish_weights, self.version)
+            actor.end_sending()  # before the caches wake: they take all the memory that there is
             receivers.call(RolloutWorker.wake_cache)
         except RayTaskError as error:
+            self.connected = []
             # Where all must be there together, the death of one is an error of the others: all begin anew.
             if carrier.together and self._some_died(indices):
                 return dict.fromkeys(indices, error)
             raise
         return receivers.lost
+
+    def _senders(self, receivers: Receivers) -> list[int]:
+        """The training ranks on the GPUs of those replicas that live."""
+        return sorted({bundle for index in receivers.alive for bundle in self.seats[index].bundles})
 
     def _some_died(self, indices: list[int]) -> bool:
         asked = Receivers({index: self.replicas[index] for index in indices})
@@ -198,6 +209,7 @@ class RolloutGroup:
         if meeting:
             self.actor.meet_receivers(host, port, size)
         receivers.wait()
+        self.connected = receivers.alive
 
 
 class Receivers:

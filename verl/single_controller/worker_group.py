@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -58,6 +58,10 @@ class WorkerGroup:
     def load_state(self, folder: str) -> None:
         """Go on from what a group of this role, of any number of ranks, has written into `folder`."""
         self.on_all(ModelWorker.load_state, folder)
+
+    def free_cache(self) -> None:
+        """Return cached memory to the GPUs."""
+        self.on_all(ModelWorker.free_cache)
 
     def on_all(self, method: Callable, *args: Any) -> list[Any]:
         """Call `method` with the same arguments on every rank; returns their results by rank."""
@@ -160,9 +164,14 @@ class ActorGroup(LogProbGroup):
     def plan_weights(self) -> list[BucketLayout]:
         return self.on_all(ActorWorker.plan_weights)[0]
 
-    def send_bucket(self, layout: BucketLayout) -> list[ray.ObjectRef]:
-        """Each rank's payload of the bucket, by reference since it may be large."""
-        return [worker.send_bucket.remote(layout) for worker in self.workers]
+    def send_bucket(self, layout: BucketLayout, senders: Sequence[int] = (0,)) -> list[ray.ObjectRef]:
+        """The payloads of the bucket from the ranks that send it, by reference since they may be large."""
+        sent = [worker.send_bucket.remote(layout, rank in senders) for rank, worker in enumerate(self.workers)]
+        return [sent[rank] for rank in senders]
+
+    def end_sending(self) -> None:
+        """Free all that sending took."""
+        self.on_all(ActorWorker.end_sending)
 
     def save_huggingface(self, path: str) -> None:
         self.on_all(ActorWorker.save_huggingface, path)

@@ -247,6 +247,7 @@ def set_aside_later(point: ResumePoint, config: Config) -> None:
 
 def restore(point: ResumePoint, config: Config, workers: Workers, state: TrainState) -> None:
     """Bring workers, driver and engines to where the checkpoint was saved. Raises ResumeError where it does not fit."""
+    workers.rollout.sleep()  # optimizer states need the memory that engines have taken
     try:
         for role, group in (("actor", workers.actor), ("critic", workers.critic)):
             if group is not None:
@@ -258,7 +259,6 @@ def restore(point: ResumePoint, config: Config, workers: Workers, state: TrainSt
     state.load_state_dict(point.state, config, set(point.changed))
     # The engines have not got these weights yet: the sync that follows brings them to this version.
     workers.rollout.version = point.state["weight_version"] - 1
-    workers.rollout.sleep()
     workers.rollout.sync_weights(workers.actor)
 
 

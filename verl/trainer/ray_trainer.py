@@ -143,6 +143,7 @@ class RayTrainer:
                 if interrupts.requested and step < total and not state.stopped:
                     self._end(interrupts, self.keeper.driver_state())
             if self.config.save_model:
+                self.workers.rollout.sleep()  # gathering whole weights takes memory on GPUs that engines may fill
                 self.workers.actor.save_huggingface(self.run_dir.file("model"))
         except Exception:
             self.keeper.rescue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from tqdm import tqdm
@@ -14,7 +15,7 @@ from verl.trainer.plan import Plan
 from verl.trainer.run_dir import RunDir
 from verl.trainer.step import samples
 from verl.trainer.workers import Workers
-from verl.workers.reward.base import Outcome, RewardInput
+from verl.workers.reward.base import Outcome, RewardInput, RewardScore
 from verl.workers.rollout.base import validation_sampling
 
 
@@ -32,14 +33,15 @@ class Validation:
         self.views = views_to_show({v: views[v] for v in plan.requirements.views}) if self.shown else {}
 
     def run(self, step: int) -> dict[str, float]:
-        """`val/*`: means over all responses that were graded, k for each prompt, with the same seeds each time.
+        """`val/*`: means over all responses that were graded, k for each prompt, with the same seeds each time; where
+        there are several files, `val/FILE/*` as well.
 
         Args:
             step: The last one that is done.
         """
         config, loader = self.plan.config, self.plan.val_loader
-        totals: dict[str, float] = {}
-        count = graded = length = 0
+        scores: list[tuple[str, RewardScore]] = []  # each with the name of its file
+        count = length = 0
         records: list[dict[str, Any]] = []
         generations: list[Row] = []
         copies = config.worker.rollout.val_override_config.n or config.worker.rollout.n
@@ -47,10 +49,8 @@ class Validation:
         try:
             for prompts in tqdm(loader, desc="validating", unit="batch", leave=False):
                 batch, inputs, outcomes = self._answer(prompts)
-                for score in (outcome.score for outcome in outcomes if outcome.score is not None):
-                    for name, value in score.items():
-                        totals[name] = totals.get(name, 0.0) + value
-                    graded += 1
+                graded = zip(inputs, outcomes, strict=True)
+                scores += [(one["uid"].rpartition(":")[0], out.score) for one, out in graded if out.score is not None]
                 count += len(outcomes)
                 length += int(batch["response_mask"].sum())
                 records = records or samples(batch, inputs, outcomes, config.trainer.samples_per_step)
@@ -61,8 +61,13 @@ class Validation:
         self.run_dir.add_samples(step, "val", records)
         if generations:
             self.trackers.log_generations(step, generations)
-        metrics = {f"val/{'reward' if name == 'overall' else name}": total / graded for name, total in totals.items()}
-        return metrics | {"val/response_length_mean": length / count, "val/failed_frac": (count - graded) / count}
+        metrics = means("val", [score for _, score in scores])
+        files = [source.name for source in loader.dataset.rows.sources]
+        if len(files) > 1:
+            for file, label in zip(files, labels(files), strict=True):
+                metrics |= means(f"val/{label}", [score for name, score in scores if name == file])
+        failed = (count - len(scores)) / count
+        return metrics | {"val/response_length_mean": length / count, "val/failed_frac": failed}
 
     def _answer(self, prompts: DataProto) -> tuple[DataProto, list[RewardInput], list[Outcome]]:
         """Responses to the prompts, side by side, and their grading."""
@@ -85,6 +90,21 @@ class Validation:
             pictures = thumbnails(record["uid"], images, self.views, self.plan.vision, seed)
             rows.append({**record, **{f"score/{name}": value for name, value in score.items()}, **pictures})
         return rows
+
+
+def labels(files: list[str]) -> list[str]:
+    """The files' names without folders and ending, or the whole names where these are not different."""
+    short = [os.path.splitext(os.path.basename(file))[0] for file in files]
+    return short if len(set(short)) == len(short) else files
+
+
+def means(prefix: str, scores: list[RewardScore]) -> dict[str, float]:
+    """The mean of each component of the scores; the trained one is called `reward`."""
+    values: dict[str, list[float]] = {}
+    for score in scores:
+        for name, value in score.items():
+            values.setdefault("reward" if name == "overall" else name, []).append(value)
+    return {f"{prefix}/{name}": sum(found) / len(scores) for name, found in values.items()}
 
 
 def for_summary(metrics: dict[str, float], when: str = "") -> dict[str, float]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import logging
 import os
 import socket
+import struct
 import sys
 import warnings
 
@@ -34,14 +37,43 @@ def start_model_worker(role: str, threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def prepare_gloo(host: str) -> None:
-    """Let gloo use the loopback interface in every process of a run that stays on this machine.
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next allocation, instead of handing it back to the system.
 
-    By itself it looks its interface up by host name, which many laptops and containers cannot resolve; and processes
-    that chose differently wait for each other.
+    A forward and backward pass on a CPU allocates the same gigabytes again in each micro-batch, and the system clears
+    every page anew: a third of an update's time. Threads share one arena, so that what one frees another can use.
     """
-    if host == "127.0.0.1" and "lo" in (name for _, name in socket.if_nameindex()):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
+        for option, value in ((mmap_max, 0), (trim_threshold, -1), (arena_max, 1)):
+            libc.mallopt(option, value)
+
+
+def prepare_gloo(host: str) -> None:
+    """Let gloo use the interface that has the address `host` of this machine, loopback where a run stays on it.
+
+    By itself it looks its interface up by host name, which many laptops and containers cannot resolve, and which on
+    many nodes of clusters is 127.0.1.1; and processes that chose differently wait for each other.
+    """
+    if (interface := interface_of(host)) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface of this machine that has an IPv4 address; None where none has, or it is not Linux."""
+    if not sys.platform.startswith("linux"):
+        return None
+    get_address = 0x8915  # SIOCGIFADDR
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                found = fcntl.ioctl(probe, get_address, struct.pack("256s", name.encode()))
+            except OSError:  # it has no IPv4 address
+                continue
+            if socket.inet_ntoa(found[20:24]) == address:
+                return name
+    return None
 
 
 def quiet_libraries() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from operator import attrgetter
@@ -21,7 +21,7 @@ from verl.checkpoint.tensors import SaveFailed
 from verl.columns import ORIGINAL
 from verl.config.config import Config
 from verl.config.sizes import compute_sizes
-from verl.config.worker import PASS_BUDGET, FSDPConfig, LoRAConfig, ModelConfig
+from verl.config.worker import PASS_BUDGET, FSDPConfig, LoRAConfig, ModelConfig, Offload
 from verl.data.vision import load_special_tokens
 from verl.metrics.bag import MetricBag
 from verl.metrics.machine import peak_flops
@@ -30,9 +30,10 @@ from verl.models.lora import adapter_off
 from verl.models.policy import PolicyModel
 from verl.models.value import ValueModel
 from verl.protocol import DataProto
-from verl.utils.process import prepare_gloo, start_model_worker
+from verl.utils.process import keep_freed_memory, prepare_gloo, start_model_worker
 from verl.workers.fsdp.checkpoint import StateWriter, load_state, model_tensors, optimizer_tensors, plain_state
 from verl.workers.fsdp.export import plain_weights, save_description, save_huggingface
+from verl.workers.fsdp.parking import Parking
 from verl.workers.fsdp.wrap import build_sharded
 from verl.workers.memory import explain_oom, peak_memory
 from verl.workers.rollout.weight_sync import CARRIERS, BucketLayout, plan_buckets
@@ -50,10 +51,12 @@ class ModelWorker:
         self.config = config
         self.rank = rank
         self.world_size = world_size
-        self.writer: StateWriter | None = None
+        self.parking: Parking | None = None
         self.device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
         if device_type == "cuda":
             torch.cuda.set_device(self.device)
+        else:
+            keep_freed_memory()
         torch.manual_seed(config.trainer.seed)
 
     def open_store(self) -> tuple[str, int]:
@@ -70,16 +73,44 @@ class ModelWorker:
         """Join the process group; returns when all ranks have."""
         if self.rank != 0:
             self.store = dist.TCPStore(host, port, self.world_size, is_master=False)
-        prepare_gloo(host)
+        prepare_gloo(self.host())
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         worker = self.config.worker
-        if backend == "nccl" and any(part.fsdp.cpu_offload for part in (worker.actor, worker.ref, worker.critic)):
+        if backend == "nccl" and any(
+            part.fsdp.offload == Offload.always for part in (worker.actor, worker.ref, worker.critic)
+        ):
             backend = "cpu:gloo,cuda:nccl"  # gradient norms and full weights are gathered from main memory
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world_size)
+        self.writer = StateWriter()  # now, so that ranks which cannot reach each other fail at the start
 
     def training(self) -> GuardedStep:
         """The model that this worker trains, with its optimizer and schedule."""
         raise NotImplementedError(f"{type(self).__name__} trains nothing")
+
+    def park_where(self, fsdp: FSDPConfig) -> None:
+        """Park weights and states from now on between the phases of a step, if `fsdp` says so."""
+        self.parking = Parking() if fsdp.offload == Offload.between_phases else None
+        self.park()
+
+    def park(self, weights: bool = True) -> None:
+        """Leave the device to others: weights and optimizer states, or the states alone, go to main memory."""
+        if self.parking is not None:
+            self.parking.park([*(self.weights() if weights else ()), *self.states()])
+        self.free_cache()
+
+    def take_back(self, states: bool = True) -> None:
+        """Bring back what is parked, or the weights alone."""
+        if self.parking is not None:
+            self.parking.take_back(None if states else self.weights())
+
+    def weights(self) -> Iterable[torch.Tensor]:
+        """The parameters of the model."""
+        return self.training().model.parameters()
+
+    def states(self) -> list[torch.Tensor]:
+        """What the optimizer keeps for each parameter, counters apart."""
+        kept = self.training().optimizer.state.values()
+        return [value for state in kept for value in state.values() if value.dim()]
 
     def describe(self, folder: str) -> None:
         """Write the files of a role's checkpoint folder besides its tensors."""
@@ -87,14 +118,14 @@ class ModelWorker:
     def start_save(self, folder: str, optimizer: bool, background: bool) -> None:
         """Begin to write this rank's part of a checkpoint; all ranks call this together. In the background it is
         written from a copy while training goes on."""
+        self.take_back()
         step = self.training()
         tensors = model_tensors(step.model) | (optimizer_tensors(step) if optimizer else {})
-        if self.writer is None:
-            self.writer = StateWriter()
         self.writer.start(folder, tensors, plain_state(step), self.describe, background)
+        self.park()
 
     def save_is_done(self) -> bool:
-        return self.writer is None or self.writer.done()
+        return self.writer.done()
 
     def finish_save(self) -> dict[str, FileEntry] | str:
         """Wait for the end of a save; returns this rank's files in the role's folder, or why there are none."""
@@ -107,7 +138,9 @@ class ModelWorker:
 
     def load_state(self, folder: str) -> None:
         """Go on from a checkpoint's folder of this role; all ranks call this together."""
+        self.take_back()
         load_state(folder, self.training(), self.rank)
+        self.park()
 
     def take_rows(self, rows: DataProto, sizes: list[int]) -> None:
         """Keep this rank's rows of a step, mini-batch after mini-batch of these sizes, for its passes and updates."""
@@ -137,10 +170,11 @@ class PolicyWorker(ModelWorker):
         chunk = self.config.worker.actor.logits_chunk_size
         temperature = self.config.worker.rollout.temperature
         wrap = partial(PolicyModel, banned=special.banned, temperature=temperature, logits_chunk_size=chunk)
-        self.policy = build_sharded(model, fsdp, wrap, self.device, dtype)
+        self.policy = build_sharded(model, fsdp, wrap, self.device, dtype, self.config.trainer.n_gpus_per_node)
 
     def compute_log_probs(self, views: Sequence[str]) -> dict[str, torch.Tensor]:
         """Log-probs [B, R] of this rank's rows under each view, by column, without gradient."""
+        self.take_back()
         budget = PASS_BUDGET * self.config.worker.actor.max_tokens_per_micro_batch
         keys = ("worker.actor.max_tokens_per_micro_batch", "worker.actor.logits_chunk_size")
         with explain_oom("the log-probs", self.settings(*keys)):
@@ -164,6 +198,18 @@ class ReferenceWorker(PolicyWorker):
         # Weights that are not trained lose nothing by being kept as the forward wants them.
         self.load(frozen, ref.fsdp, resolve_dtype(ref.fsdp.compute_dtype, self.device.type))
         self.policy.requires_grad_(False)
+        self.park_where(ref.fsdp)
+
+    def weights(self) -> Iterable[torch.Tensor]:
+        return self.policy.parameters()
+
+    def states(self) -> list[torch.Tensor]:
+        return []
+
+    def compute_log_probs(self, views: Sequence[str]) -> dict[str, torch.Tensor]:
+        found = super().compute_log_probs(views)
+        self.park()
+        return found
 
 
 class CriticWorker(ModelWorker):
@@ -178,17 +224,20 @@ class CriticWorker(ModelWorker):
             enable_gradient_checkpointing=critic.enable_gradient_checkpointing,
             lora=LoRAConfig(),  # an adapter is the actor's alone
         )
-        values = build_sharded(model, critic.fsdp, ValueModel, self.device, weight_dtype(critic.optim))
+        dtype, per_node = weight_dtype(critic.optim), self.config.trainer.n_gpus_per_node
+        values = build_sharded(model, critic.fsdp, ValueModel, self.device, dtype, per_node)
         optimizer = build_optimizer([p for p in values.parameters() if p.requires_grad], critic.optim)
         schedule = build_schedule(optimizer, critic.optim, total_updates)
         longest = self.config.data.max_response_length
         self.critic = DataParallelCritic(values, optimizer, schedule, critic, longest, self.device)
+        self.park_where(critic.fsdp)
 
     def training(self) -> GuardedStep:
         return self.critic.step
 
     def compute_values(self) -> dict[str, torch.Tensor]:
         """`values` [B, R] of this rank's rows, without gradient."""
+        self.take_back()
         with explain_oom("the values", self.settings("worker.critic.max_tokens_per_micro_batch")):
             values = self.critic.compute_values(self.rows)
         self.free_cache()
@@ -200,7 +249,7 @@ class CriticWorker(ModelWorker):
         keys = ("max_tokens_per_micro_batch", "enable_gradient_checkpointing", "fsdp.reshard_after_forward")
         with explain_oom("the critic's update", self.settings(*(f"worker.critic.{key}" for key in keys))):
             metrics = self.critic.update_critic(rows, self.sizes)
-        self.free_cache()
+        self.park()
         return metrics
 
 
@@ -225,6 +274,7 @@ class ActorWorker(PolicyWorker):
             max_response_length=self.config.data.max_response_length,
             device=self.device,
         )
+        self.park_where(actor.fsdp)
         return sum(p.numel() for p in self.policy.parameters())
 
     def training(self) -> GuardedStep:
@@ -254,6 +304,7 @@ class ActorWorker(PolicyWorker):
             "model.enable_gradient_checkpointing",
             "fsdp.reshard_after_forward",
         )
+        self.take_back()
         start = time.perf_counter()
         with explain_oom("the policy's update", self.settings(*(f"worker.actor.{key}" for key in keys))):
             metrics = self.actor.update_policy(rows, self.sizes, coefs)
@@ -277,7 +328,8 @@ class ActorWorker(PolicyWorker):
         """How the weights will be cut; the same on every rank. A tied head is sent under its own name too: an
         engine may hold a copy of it. Adapters are sent merged: engines would ignore those of a vision tower."""
         dtype = resolve_dtype(self.config.worker.actor.fsdp.compute_dtype, self.device.type)
-        self.free_cache()  # an engine on this GPU is about to wake up
+        self.park(weights=False)  # an engine on this GPU is about to wake up
+        self.take_back(states=False)
         self.sent_weights = plain_weights(self.policy.inner)
         stored = {name: weight.stored for name, weight in self.sent_weights.items()}
         shapes = (
@@ -287,10 +339,11 @@ class ActorWorker(PolicyWorker):
         return plan_buckets(shapes, self.config.worker.rollout.sync_bucket_mb * 2**20)
 
     @torch.no_grad()
-    def send_bucket(self, layout: BucketLayout) -> Any:
-        """Gather one bucket's weights from all ranks, which call this together, and hand them to the carrier."""
-        weights = (self.sent_weights[entry.name].whole(self.device) for entry in layout.entries)
-        if not self.carrier.every_rank and self.rank != 0:
+    def send_bucket(self, layout: BucketLayout, sends: bool) -> Any:
+        """Gather one bucket's weights from all ranks, which call this together, and hand them to the carrier, where
+        this rank `sends`: what nobody receives would stay in memory."""
+        weights = (self.sent_weights[entry.name].whole(self.device, entry.dtype) for entry in layout.entries)
+        if not sends:
             for _ in weights:
                 pass
             return None
@@ -298,6 +351,13 @@ class ActorWorker(PolicyWorker):
         layout.pack(weights, data)
         return self.carrier.send(data)
 
+    def end_sending(self) -> None:
+        """Free all that sending took, before the engines on this GPU fill it."""
+        self.sent_weights = {}
+        self.carrier.release()
+        self.park()
+
     def save_huggingface(self, path: str) -> None:
         """Write the policy as an ordinary Hugging Face folder; all ranks call this together, rank 0 writes."""
+        self.take_back()
         save_huggingface(self.policy, self.config.worker.actor.model, path)

@@ -12,7 +12,7 @@ from papo.tools.doctor.case import Case, Finding, error, in_gib, ok, warning
 from papo.tools.doctor.machine import RAY_ENOUGH, RAY_SHARE, SHARED_MEMORY, disk_usage, main_memory
 from papo.tools.doctor.memory import FLOAT, GENERATION, Estimate, Phase, Shape, estimate, shapes_of
 from verl.config.config import Config
-from verl.config.worker import ComputeDtype, OptimStrategy
+from verl.config.worker import ComputeDtype, Offload, OptimStrategy
 
 CLOSE = 0.9  # above this share an estimate of this kind is no promise
 FEW = 16  # responses at one time, below which an engine is slow
@@ -32,11 +32,11 @@ def check_memory_fit(case: Case) -> Iterator[Finding]:
                       partial(advice, case, shapes, phase))  # fmt: skip
     yield from _judge_cache(case, found, shapes["actor"])
     if found.offloaded:
-        text = f"cpu_offload keeps {in_gib(found.offloaded)} there, for the GPUs of one node"
+        text = f"fsdp.offload keeps {in_gib(found.offloaded)} there, for the GPUs of one node"
         if case.imagined:
             yield ok("host memory", text)
         else:
-            fix = f"{ACTOR}.optim.strategy=adamw_bf16, or cpu_offload for fewer roles"
+            fix = f"{ACTOR}.optim.strategy=adamw_bf16, or fsdp.offload for fewer roles"
             text += f", of {in_gib(main_memory())}"
             yield _judged("host memory", text, found.offloaded, main_memory(), lambda: fix)
 
@@ -100,8 +100,10 @@ def _changes(config: Config, phase: str) -> Iterator[Change]:
             tokens //= 2
         if actor.logits_chunk_size > 256 and role is actor:
             yield {f"{ACTOR}.logits_chunk_size": 256}
-    if not role.fsdp.cpu_offload:
-        yield {f"{path}.fsdp.cpu_offload": True}
+    if role.fsdp.offload == Offload.none and phase in GENERATION:
+        yield {f"{path}.fsdp.offload": Offload.between_phases}
+    elif role.fsdp.offload != Offload.always:
+        yield {f"{path}.fsdp.offload": Offload.always}
     if role.optim.strategy == OptimStrategy.adamw and role.fsdp.compute_dtype != ComputeDtype.float32:
         yield {f"{path}.optim.strategy": OptimStrategy.adamw_bf16}
 

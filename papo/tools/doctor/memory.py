@@ -14,7 +14,7 @@ from papo.tools.doctor.machine import main_memory
 from papo.tools.doctor.shape import Shape, shape_of
 from verl.config.config import Config
 from verl.config.sizes import compute_sizes
-from verl.config.worker import ActorConfig, CriticConfig, FSDPConfig, OptimConfig, OptimStrategy
+from verl.config.worker import ActorConfig, CriticConfig, FSDPConfig, Offload, OptimConfig, OptimStrategy
 from verl.workers.rollout.base import EngineLoad, Term
 
 FLOAT = 4
@@ -179,7 +179,7 @@ def trainable(shape: Shape, config: Config) -> int:
 
 
 def offloads(fsdp: FSDPConfig, device: str) -> bool:
-    return fsdp.cpu_offload and device == "cuda"
+    return fsdp.offload == Offload.always and device == "cuda"
 
 
 def _states(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -83,6 +83,8 @@ class StateWriter:
             tensors = stager.stage(dict(tensors))
             stager.close()
         self.running = self.pool.submit(self._write, folder, tensors, plain, describe)
+        if not background:
+            wait([self.running])
 
     def done(self) -> bool:
         return self.running is None or self.running.done()

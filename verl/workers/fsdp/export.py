@@ -33,12 +33,12 @@ class Weight:
     scale: float = 0.0
 
     @torch.no_grad()
-    def whole(self, device: torch.device | None = None) -> torch.Tensor:
+    def whole(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Gathered from all ranks, which must call this together; with an adapter merged, in float32. On `device`
-        rather than where the shards are."""
-        weight = whole(self.stored, device)
+        rather than where the shards are. Without an adapter shards are converted to `dtype` before they travel."""
         if self.down is None:
-            return weight
+            return whole(self.stored if dtype is None else self.stored.to(dtype), device)
+        weight = whole(self.stored, device)
         return merge(weight, whole(self.up, device), whole(self.down, device), self.scale)
 
 

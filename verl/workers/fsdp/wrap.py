@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from verl.config.worker import FSDPConfig, ModelConfig
+from verl.config.worker import FSDPConfig, ModelConfig, Offload
 from verl.models.attention import use_segments
 from verl.models.families import family_of
 from verl.models.loading import load_model, resolve_dtype
@@ -33,9 +33,10 @@ def build_sharded(
     wrap: Callable[[nn.Module], WrappedModel],
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    ranks_per_node: int | None = None,
 ) -> WrappedModel:
-    """`wrap` of the Hugging Face model, sharded over all ranks, forward in the compute dtype. Weights that are trained
-    are kept in `dtype`.
+    """`wrap` of the Hugging Face model, sharded over the ranks of a node, or as `fsdp.shard_size` says, forward in the
+    compute dtype. Weights that are trained are kept in `dtype`.
 
     Only rank 0 reads the weights; the others get their shards from it.
     """
@@ -58,8 +59,7 @@ def build_sharded(
         add_adapter(inner, model.lora, model.model_path, dtype)
     wrapped = wrap(inner)
     weights = wrapped.state_dict() if dist.get_rank() == 0 else {}
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    shard(wrapped, mesh, fsdp)
+    shard(wrapped, mesh_of(device, fsdp.shard_size or ranks_per_node), fsdp)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(wrapped, weights, options=options)
     for _, buffer in wrapped.named_buffers():  # rotary frequencies are not in a state dict
@@ -67,12 +67,26 @@ def build_sharded(
     return wrapped
 
 
+def mesh_of(device: torch.device, shard_size: int | None) -> DeviceMesh:
+    """The ranks, in copies of `shard_size` ranks each (HSDP) where there is more than one, by default all as one copy.
+
+    Raises ValueError where that does not divide them.
+    """
+    ranks = dist.get_world_size()
+    size = min(shard_size or ranks, ranks)
+    if ranks % size:
+        raise ValueError(f"fsdp.shard_size={size} does not divide the {ranks} training ranks")
+    if size == ranks:
+        return init_device_mesh(device.type, (ranks,))
+    return init_device_mesh(device.type, (ranks // size, size), mesh_dim_names=("copies", "shards"))
+
+
 def shard(wrapped: WrappedModel, mesh: DeviceMesh, config: FSDPConfig) -> None:
     """`fully_shard` every transformer block that is large enough, then the rest as one; a value head stays float32."""
     dtype = resolve_dtype(config.compute_dtype, mesh.device_type)
     mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     options = {"mesh": mesh, "mp_policy": mixed, "reshard_after_forward": config.reshard_after_forward}
-    if config.cpu_offload:
+    if config.offload == Offload.always:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     block_names = set(wrapped.inner._no_split_modules)
     for module in list(wrapped.modules()):

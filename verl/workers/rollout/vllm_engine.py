@@ -84,6 +84,7 @@ class VLLMEngine:
         self.limit_images = config.worker.rollout.limit_images
         self.engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(config, device)))
         self.sleeps = self.engine.model_config.enable_sleep_mode
+        self.sleep_level = config.worker.rollout.sleep_level
         model_config = self.engine.model_config
         self.processor = (
             MULTIMODAL_REGISTRY.create_processor(model_config) if model_config.is_multimodal_model else None
@@ -127,9 +128,8 @@ class VLLMEngine:
             raise RuntimeError("vLLM did not reset its prefix cache after a weight sync")
 
     def sleep(self) -> None:
-        """Level 2 drops the weights instead of keeping a copy in main memory: a full sync follows."""
         if self.sleeps:
-            self.engine.sleep(level=2)
+            self.engine.sleep(level=self.sleep_level)
 
     def wake_weights(self) -> None:
         if self.sleeps:

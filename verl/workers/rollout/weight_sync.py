@@ -7,6 +7,7 @@ receivers at the same time (a broadcast).
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,9 @@ from verl.utils.process import prepare_gloo
 
 ALIGNMENT = 16  # bytes; a view needs every weight aligned to its dtype
 CONNECT_TIMEOUT = timedelta(minutes=5)
+# Of one bucket. An engine that dies in a broadcast leaves the sender waiting: NCCL itself gives up after ten minutes,
+# and then takes the process with it.
+BROADCAST_TIMEOUT = timedelta(minutes=2)
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,8 @@ def plan_buckets(shapes: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], buc
 class Carrier(Protocol):
     """Moves one bucket at a time from training ranks to engine processes; each end has an instance.
 
-    `every_rank`: whether each training rank sends its copy, or rank 0 alone. `together`: whether `send` returns
-    only when all receivers have called `receive`, which then get no payload.
+    `every_rank`: whether each training rank on a receiver's GPU sends its copy, or rank 0 alone. `together`: whether
+    `send` returns only when all receivers have called `receive`, which then get no payload.
     """
 
     every_rank: bool
@@ -102,6 +106,10 @@ class Carrier(Protocol):
 
     def receive(self, layout: BucketLayout, payloads: list[Any]) -> torch.Tensor:
         """The bucket, from what every sending rank returned."""
+        ...
+
+    def release(self) -> None:
+        """All receivers have everything: free what was kept for them."""
         ...
 
 
@@ -129,12 +137,16 @@ class ObjectStoreCarrier:
             warnings.filterwarnings("ignore", message="The given (buffer|NumPy array) is not writable")
             return torch.from_numpy(payloads[0])
 
+    def release(self) -> None:
+        pass
+
 
 @CARRIERS.register("ipc")
 class IPCCarrier:
     """Processes on the same GPU (CUDA IPC), or on the same machine where models are on CPU (shared memory).
 
-    Each training rank sends the handle of its own copy, and an engine process opens the one on its own GPU.
+    Each training rank on a receiver's GPU sends the handle of its own copy, and an engine process opens the one on its
+    GPU. A handle that nobody opens would keep its memory for ever.
     """
 
     every_rank = True
@@ -173,6 +185,11 @@ class IPCCarrier:
         arguments[6] = self.device.index or 0  # the GPU's number there need not be its number here
         return rebuild_cuda_tensor(*arguments)
 
+    def release(self) -> None:
+        self.held.clear()
+        if self.device.type == "cuda":
+            torch.cuda.ipc_collect()
+
 
 def _open_shared(handle: tuple) -> torch.UntypedStorage:
     """Another process's memory. torch's manager of such memory answers within a second or not at all, and on a machine
@@ -210,7 +227,9 @@ class CollectiveCarrier:
             self.group = dist.ProcessGroupGloo(store, rank, size, CONNECT_TIMEOUT)
         else:
             torch.cuda.set_device(self.device)
-            self.group = dist.ProcessGroupNCCL(store, rank, size)
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = 10 * BROADCAST_TIMEOUT  # `_broadcast` is first
+            self.group = dist.ProcessGroupNCCL(store, rank, size, options)
 
     def send(self, data: torch.Tensor) -> None:
         self._broadcast(data)
@@ -223,6 +242,14 @@ class CollectiveCarrier:
     def _broadcast(self, data: torch.Tensor) -> None:
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        self.group.broadcast([data], options).wait()
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+        work = self.group.broadcast([data], options)
+        deadline = time.monotonic() + BROADCAST_TIMEOUT.total_seconds()
+        while not work.is_completed():
+            if time.monotonic() > deadline:
+                self.group.abort()
+                raise TimeoutError(f"weight_sync=collective: a bucket was not received within {BROADCAST_TIMEOUT}")
+            time.sleep(0.0005)
+        work.wait()  # raises what went wrong
+
+    def release(self) -> None:
+        pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -11,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from verl.config.worker import LRSchedule, OptimConfig, OptimStrategy
 from verl.workers.training.compensated_adamw import CompensatedAdamW
 
-OPTIMIZERS = {OptimStrategy.adamw: torch.optim.AdamW, OptimStrategy.adamw_bf16: CompensatedAdamW}
+OPTIMIZERS = {OptimStrategy.adamw: partial(torch.optim.AdamW, fused=True), OptimStrategy.adamw_bf16: CompensatedAdamW}
 
 
 def build_optimizer(parameters: list[torch.nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:

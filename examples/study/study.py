@@ -1,0 +1,177 @@
+"""Does a perception loss make a model look? GRPO, PAPO and others on digits with a shortcut, over seeds.
+
+    python examples/study/study.py              # the whole study; finished runs are kept, so it can be interrupted
+    python examples/study/study.py --choose     # the runs on other seeds by which the coefficients were chosen
+    python examples/study/study.py --demo       # one seed of GRPO and PAPO: minutes
+
+Makes data and models under outputs/, trains two runs at a time, each on half of the cores, and writes results.json,
+tables.md and the figures beside this file (with --choose and --demo: into outputs/study).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
+
+from papo.tools.compare import Comparison, Variant, percent  # noqa: E402
+from verl.utils.files import atomic_path  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+OUT = HERE.parents[1] / "outputs/study"
+logger = logging.getLogger("study")
+
+COMMON = ("trainer.n_gpus_per_node=1", "trainer.max_steps=100")
+TERMS = "algorithm.terms"
+ENTROPY = f"{TERMS}.entropy.coef=0.03"
+
+
+def papo(gamma: float, *more: str) -> tuple[str, ...]:
+    """Overrides of a PAPO preset: the perception KL's coefficient, and one of 0.03 for both entropies."""
+    return (f"{TERMS}.perception_kl.coef={gamma}", ENTROPY, f"{TERMS}.masked_entropy.coef=0.03", *more)
+
+
+def live(gamma: float, entropies: str) -> tuple[str, ...]:
+    """The same with a live view and a detached perception KL."""
+    return papo(
+        gamma,
+        f"{TERMS}.perception_kl.detach=true",
+        f"{TERMS}.entropy.estimator={entropies}",
+        f"{TERMS}.masked_entropy.estimator={entropies}",
+    )
+
+
+CHOSEN = 0.15  # by --choose
+GRPO = Variant("GRPO", "grpo")
+CONTROL = Variant("GRPO + entropy term", "grpo", (ENTROPY,))
+PAPO = Variant(f"PAPO γ={CHOSEN}", "papo_grpo", papo(CHOSEN))
+MISLED = (
+    GRPO,
+    CONTROL,
+    *(Variant(f"PAPO γ={gamma}", "papo_grpo", papo(gamma)) for gamma in (0.04, 0.08) if gamma != CHOSEN),
+    PAPO,
+    Variant(
+        "PAPO live, γ=η=0.04",
+        "papo_grpo_live",
+        papo(0.04, ENTROPY.replace("0.03", "0.04"), f"{TERMS}.masked_entropy.coef=0.04"),
+    ),
+    Variant("PAPO live, KL detached, exact entropies", "papo_grpo_live", live(CHOSEN, "full")),
+    Variant("PAPO live, KL detached, sampled entropies", "papo_grpo_live", live(CHOSEN, "sampled")),
+    Variant("DAPO", "dapo"),
+    Variant("PAPO-D", "papo_dapo", papo(CHOSEN)),
+    Variant("VPPO", "vppo"),
+)
+SETTINGS = {"misled": MISLED, "mild": (GRPO, CONTROL, PAPO)}
+SEEDS = (1, 2, 3, 4, 5)
+CHOOSE = tuple(
+    Variant(f"γ={gamma} η={eta}", "papo_grpo", (f"{TERMS}.perception_kl.coef={gamma}", f"{TERMS}.entropy.coef={eta}"))
+    for gamma in (0.08, 0.15)
+    for eta in (0.0, 0.03)
+)
+CHOOSE_SEEDS = (101, 102, 103)
+
+# Columns of the tables: metric and heading.
+SLICES = {
+    "val/no_hint/accuracy": "no hint",
+    "val/hint_right/accuracy": "right hint",
+    "val/hint_wrong/accuracy": "wrong hint",
+    "val/hint_wrong/copied": "wrong hint copied",
+    "val/blank_hint_right/accuracy": "blank image, right hint",
+}
+RIGHT, COPIED = "val/hint_wrong/accuracy", "val/hint_wrong/copied"
+
+
+def run(task: str, variants: tuple[Variant, ...], seeds: tuple[int, ...], jobs: int) -> list[dict[str, Any]]:
+    """Make the task's inputs, train what is missing, and return a row per variant."""
+    make = [sys.executable, "-m", "papo.quickstart", f"outputs/{task}_assets", "--task", task]
+    subprocess.run(make, check=True, cwd=HERE.parents[1])
+    comparison = Comparison(variants, seeds, task, OUT / task, COMMON, jobs)
+    comparison.train()
+    return comparison.evaluate((*SLICES, "train/accuracy"))
+
+
+def table(rows: list[dict[str, Any]], differences: bool) -> str:
+    """Every slice of every variant in percent: means, or paired differences to the first variant, with intervals."""
+    key, interval, sign = ("difference", "difference_interval", "+") if differences else ("mean", "interval", "")
+    shown = rows[1:] if differences else rows
+    lines = [f"| | {' | '.join(SLICES.values())} | seconds a step |", "|---" * (len(SLICES) + 2) + "|"]
+    for row in shown:
+        cells = [percent(row[metric][key], row[metric][interval], sign) for metric in SLICES]
+        lines.append(f"| {row['variant']} | {' | '.join(cells)} | {row['step_seconds']:.2f} |")
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Who copies and who looks: of the questions with a wrong hint, the share answered right and the share copied; a
+    small dot for each seed."""
+    figure, axis = plt.subplots(figsize=(8.5, 0.5 * len(rows) + 1.4))
+    for place, row in enumerate(rows):
+        for metric, color, shift in ((RIGHT, "tab:green", 0.17), (COPIED, "tab:red", -0.17)):
+            found = row[metric]
+            bar = axis.barh(place - shift, 100 * found["mean"], 0.3, color=color, alpha=0.75)
+            if found["interval"] is not None:
+                axis.errorbar(
+                    100 * found["mean"], place - shift, xerr=100 * found["interval"], color="black", lw=1, capsize=2
+                )
+            axis.plot([100 * v for v in found["values"]], [place - shift] * len(found["values"]), "k.", ms=3, alpha=0.5)
+            if place == 0:
+                bar.set_label("right: it looks" if metric == RIGHT else "the hint's wrong sum: it copies")
+    axis.set_yticks(range(len(rows)), [row["variant"] for row in rows])
+    axis.invert_yaxis()
+    axis.set_xlim(left=0)
+    axis.set_xlabel("% of the questions with a wrong hint")
+    axis.set_title(title, fontsize=11)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.tight_layout()
+    with atomic_path(str(path)) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
+    plt.close(figure)
+
+
+def write(folder: Path, results: dict[str, list[dict[str, Any]]]) -> None:
+    """results.json, tables.md and a figure per task."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = []
+    for task, rows in results.items():
+        seeds = len(rows[0][RIGHT]["values"])
+        text.append(f"### {task}\n\nMean and 95 % interval over {seeds} seeds, %:\n\n{table(rows, False)}\n")
+        if len(rows) > 1:
+            text.append(f"Against {rows[0]['variant']}, paired by seed, points:\n\n{table(rows, True)}\n")
+        draw(rows, folder / f"{task}.png", f"Asked with a friend's wrong hint ({task}, {seeds} seeds)")
+    for name, content in (("results.json", json.dumps(results, indent=1) + "\n"), ("tables.md", "\n".join(text))):
+        with atomic_path(str(folder / name)) as temporary:
+            Path(temporary).write_text(content)
+    logger.info("%s\n%s", "\n".join(text), folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--choose", action="store_true", help="the seeds by which coefficients were chosen")
+    kinds.add_argument("--demo", action="store_true", help="one seed of GRPO and PAPO in the setting `misled`")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        if options.choose:
+            write(OUT / "choose", {"misled": run("misled", CHOOSE, CHOOSE_SEEDS, options.jobs)})
+        elif options.demo:
+            write(OUT / "demo", {"misled": run("misled", (GRPO, PAPO), SEEDS[:1], options.jobs)})
+        else:
+            write(HERE, {task: run(task, variants, SEEDS, options.jobs) for task, variants in SETTINGS.items()})
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
