@@ -4,7 +4,10 @@
 #   docker build --target gpu -t papo:gpu .     for GPU nodes, with vLLM
 #
 #   docker run --rm --init papo:cpu [hydra overrides]
-#   docker run --rm --init --gpus all --shm-size 16g --ulimit memlock=-1 papo:gpu COMMAND
+#   docker run --rm --init --gpus all --ipc=host --ulimit memlock=-1 papo:gpu COMMAND
+#
+# --ipc=host: Ray's object store and the loaders' batches share /dev/shm, of which a container has 64 MiB by itself. GPUs
+# need driver 580 or newer.
 #
 # Runs are kept with -v "$PWD/outputs:/app/outputs", a folder that uid 1000 may write, and models that the hub gave with
 # -v SOME_FOLDER:/home/papo/.cache/huggingface. With InfiniBand: --network host --device /dev/infiniband.

@@ -69,15 +69,15 @@ class Comparison:
         common: Sequence[str] = (),
         jobs: int = 1,
     ) -> None:
-        if len({variant.name for variant in variants}) < len(variants):
-            raise ValueError("two variants have the same name; give them names: 'NAME: PRESET key=value ...'")
         self.variants, self.seeds, self.task, self.out = list(variants), list(seeds), task, out.resolve()
+        if len({self.folder(variant, 1) for variant in variants}) < len(variants):
+            raise ValueError("two variants have the same name; give them names: 'NAME: PRESET key=value ...'")
         self.common, self.jobs = list(common), jobs
         # A mistake in the last variant is found before the first one trains.
         self.inputs = {variant.name: self._inputs(variant) for variant in self.variants}
 
     def folder(self, variant: Variant, seed: int) -> Path:
-        return self.out / re.sub(r"[^\w.=-]+", "_", variant.name) / f"seed{seed}"
+        return self.out / re.sub(r"[^a-zA-Z0-9.-]+", "_", variant.name) / f"seed{seed}"
 
     def overrides(self, variant: Variant, seed: int) -> list[str]:
         return [
@@ -190,9 +190,8 @@ class Comparison:
 @functools.cache
 def code_digest() -> str:
     """A digest of all code that a run's numbers follow from."""
-    return digest_of(
-        [path for name, kinds in CODE.items() for kind in kinds for path in (REPOSITORY / name).rglob(kind)]
-    )
+    found = [path for pattern in CODE for path in REPOSITORY.glob(pattern)]
+    return digest_of([path for path in found if REPOSITORY / "papo/tools" not in path.parents])
 
 
 def digest_of(paths: Sequence[Path]) -> str:

@@ -47,6 +47,7 @@ class Cluster:
         for layout in self.actor.plan_weights():
             data = torch.from_numpy(ray.get(self.actor.send_bucket(layout)[0]).copy())
             found |= dict(layout.unpack(data))
+        self.actor.end_sending()
         return found
 
     def train(self, assets: Path, updates: int = 3) -> None:
@@ -88,6 +89,7 @@ def start_cluster(model: Path, data: str, *overrides: str) -> Cluster:
             "worker.rollout.sync_bucket_mb=1",
             "data.max_response_length=300",
             "trainer.n_gpus_per_node=1",
+            "algorithm.views.masked.grad=true",
             *overrides,
         ],
     )

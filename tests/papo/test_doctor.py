@@ -140,11 +140,11 @@ def test_transformers_outside_of_what_vllm_takes(doctor, tmp_path, monkeypatch):
 
 
 def test_a_package_that_is_there_and_does_not_load(doctor, tmp_path, monkeypatch):
-    plant_package(tmp_path / "site", "torchcodec", "0.14.0", code="raise OSError('libcudart.so.13: cannot open')\n")
+    plant_package(tmp_path / "site", "torchaudio", "0.14.0", code="raise OSError('libcudart.so.13: cannot open')\n")
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    monkeypatch.delitem(sys.modules, "torchcodec", raising=False)
+    monkeypatch.delitem(sys.modules, "torchaudio", raising=False)
     assert_error(
-        doctor(), "import", "torchcodec is installed and does not import .*libcudart", "pip uninstall torchcodec"
+        doctor(), "import", "torchaudio is installed and does not import .*libcudart", "pip uninstall torchaudio"
     )
 
 

@@ -74,7 +74,7 @@ def train(rank: int, assets: Path, model: Path, run: Path) -> dict[str, torch.Te
     worker.send_through("object_store")
     sent = {}
     for layout in worker.plan_weights():
-        data = worker.send_bucket(layout)
+        data = worker.send_bucket(layout, rank == 0)
         if rank == 0:
             sent |= {name: weight.clone() for name, weight in layout.unpack(torch.from_numpy(data.copy()))}
     return sent

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
 
 import pytest
 import ray
 import torch
+import torch.distributed as dist
 
 from tests.fakes.cluster import kill_one_while_it_generates, read_prompts, requests, start_cluster
 from tests.fakes.rows import row, write_parquet
 from verl.data.collate import join_responses
 from verl.models.forward import TOKENS
-from verl.single_controller.rollout_group import spread
+from verl.single_controller.resources import Seat
+from verl.single_controller.rollout_group import Receivers, spread
+from verl.workers.rollout import weight_sync
 
 pytestmark = pytest.mark.run
 
@@ -94,6 +100,51 @@ def test_a_replica_that_died_between_steps_is_there_again_after_the_sync(cluster
     ray.kill(cluster.rollout.replicas[0])
     cluster.rollout.sync_weights(cluster.actor)
     assert torch.equal(generate(cluster, prompts, sampling)["responses"], expected["responses"])
+
+
+def test_memory_is_freed_before_engines_fill_it_and_a_connection_lasts(cluster, monkeypatch):
+    """On a GPU whatever a sync has left in the trainer's cache is memory that the engine does not find."""
+    calls = []
+    monkeypatch.setattr(cluster.rollout, "carrier", "collective")
+    for owner, names in ((cluster.actor, ("end_sending", "send_through")), (Receivers, ("start_one",))):
+        for name in names:
+            real = getattr(owner, name)
+            monkeypatch.setattr(owner, name, partial(recorded, calls, real, owner is Receivers))
+    cluster.rollout.sync_weights(cluster.actor)
+    cluster.rollout.sync_weights(cluster.actor)
+    order = [name for name in calls if name in ("finish_weights", "end_sending", "wake_cache")]
+    each = ["finish_weights"] * 2 + ["end_sending"] + ["wake_cache"] * 2
+    assert order == each * 2 and calls.count("send_through") == 1
+
+
+def recorded(calls: list[str], real, unbound: bool, *arguments):
+    calls.append(arguments[2].__name__ if unbound else real.__name__)
+    return real(*arguments)
+
+
+def test_only_ranks_on_a_receivers_gpu_export_a_handle(cluster, monkeypatch):
+    """A handle that no engine opens keeps a model's size on its GPU for ever."""
+    seats = [Seat(0, 0.3, ["0", "1"], (0, 1)), Seat(2, 0.3, ["2", "3"], (2, 3))]
+    monkeypatch.setattr(cluster.rollout, "seats", seats)
+    receivers = Receivers(dict(enumerate(cluster.rollout.replicas)))
+    assert cluster.rollout._senders(receivers) == [0, 1, 2, 3]
+    receivers.lost[0] = RuntimeError()
+    assert cluster.rollout._senders(receivers) == [2, 3]
+    layout = cluster.actor.plan_weights()[0]
+    cluster.actor.send_through("ipc")
+    (sent,) = cluster.actor.workers
+    assert ray.get(sent.send_bucket.remote(layout, False)) is None and ray.get(sent.send_bucket.remote(layout, True))
+    cluster.actor.end_sending()
+
+
+def test_a_broadcast_that_nobody_receives_ends(monkeypatch):
+    monkeypatch.setattr(weight_sync, "BROADCAST_TIMEOUT", timedelta(seconds=0.5))
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ends = [weight_sync.CollectiveCarrier(torch.device("cpu")) for _ in range(2)]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda rank: ends[rank].connect("127.0.0.1", store.port, rank, 2), range(2)))
+    with pytest.raises(TimeoutError, match="weight_sync=collective: a bucket was not received"):
+        ends[0].send(torch.zeros(2**28, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("carrier", ["object_store", "collective"])

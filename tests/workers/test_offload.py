@@ -46,7 +46,7 @@ def _train(rank: int, assets: Path, out: str, overrides: list[str]) -> dict[str,
     worker.send_through("object_store")
     sent = {}
     for layout in worker.plan_weights():
-        data = worker.send_bucket(layout)
+        data = worker.send_bucket(layout, rank == 0)
         if rank == 0:
             sent |= {name: weight.clone() for name, weight in layout.unpack(torch.from_numpy(data.copy()))}
     worker.save_huggingface(out)

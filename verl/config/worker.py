@@ -82,7 +82,7 @@ class ModelConfig:
 class OptimConfig:
     """AdamW with a linear warm-up."""
 
-    strategy: OptimStrategy = option(OptimStrategy.adamw, "adamw (float32) or adamw_bf16 (10 bytes a weight, not 16)")
+    strategy: OptimStrategy = option(OptimStrategy.adamw, "adamw (float32) or adamw_bf16 (12 bytes a weight, not 16)")
     lr: float = option(1e-6, "learning rate", above=0)
     betas: list[float] = option(lambda: [0.9, 0.999], "decay rates of both moments")
     eps: float = option(1e-8, "added to the root of the second moment")

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import subprocess
+import time
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 import torch
@@ -22,8 +26,10 @@ ACTOR_SHARE, REFERENCE_SHARE, CRITIC_SHARE, ROLLOUT_SHARE = 0.3, 0.1, 0.3, 0.3
 
 # Worker processes on all nodes get these from the driver. No secrets: Ray keeps and shows them. A worker has the
 # HF_TOKEN of the node that it runs on.
-PASSED_ON = ("VERL_PLUGINS", "PYTHONPATH", "HF_HOME", "HF_HUB_OFFLINE", "GLOO_SOCKET_IFNAME")
-PASSED_ON_PREFIXES = ("VLLM_", "NCCL_")
+PASSED_ON = ("VERL_PLUGINS", "PYTHONPATH", "GLOO_SOCKET_IFNAME", "TRANSFORMERS_OFFLINE")
+PASSED_ON += tuple(f"HF_{name}" for name in ("HOME", "HUB_CACHE", "HUB_OFFLINE", "DATASETS_CACHE", "ENDPOINT"))
+PASSED_ON_PREFIXES = ("VLLM_", "NCCL_", "PYTORCH_", "TORCH_")
+OLDEST_DRIVER = 580  # of CUDA 13, which torch 2.13 is built for
 
 
 @dataclass(frozen=True)
@@ -73,23 +79,25 @@ class Seat:
 
 def plan_layout(config: TrainerConfig, rollout: RolloutConfig) -> Layout:
     """Choose the device, replicas and threads. Raises ValueError where GPUs are asked for that are not there."""
-    device = config.device.value
-    if config.device == Device.auto:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("trainer.device=cuda, and torch sees no GPU here; use trainer.device=auto or cpu")
+    device = find_device(config)
     ranks, dedicated, width = (
         config.nnodes * config.n_gpus_per_node,
         rollout.dedicated_gpus,
         rollout.tensor_parallel_size,
     )
-    if device == "cuda" and config.nnodes == 1 and ranks + dedicated > torch.cuda.device_count():
+    if (
+        device == "cuda"
+        and config.nnodes == 1
+        and not names_cluster()
+        and ranks + dedicated > torch.cuda.device_count()
+    ):
         raise ValueError(
             f"trainer.n_gpus_per_node={ranks} and worker.rollout.dedicated_gpus={dedicated}: this machine has "
             f"{torch.cuda.device_count()} GPU(s)"
         )
     replicas = rollout.data_parallel_size or 1
     if device == "cuda":
+        check_environment(shares_gpus=not dedicated)
         replicas = plan_replicas(ranks, rollout)
     elif dedicated:
         raise ValueError(f"worker.rollout.dedicated_gpus={dedicated}, and this run is on CPU; set it to 0")
@@ -108,6 +116,73 @@ def plan_layout(config: TrainerConfig, rollout: RolloutConfig) -> Layout:
         gpus_per_replica=width,
         dedicated_gpus=dedicated,
     )
+
+
+def find_device(config: TrainerConfig) -> str:
+    """`cuda` or `cpu`: what `trainer.device` says, or with `auto` what the cluster, or this machine, has.
+
+    Raises ValueError where GPUs are asked for that are not there, and where there are some that torch cannot use: a run
+    that is meant for them would take weeks on the CPU.
+    """
+    if config.device == Device.cpu:
+        return "cpu"
+    if config.nnodes > 1 or names_cluster():  # its head, where this runs, need not have GPUs
+        found = config.device == Device.cuda or cluster_gpus(config.nnodes, config.cluster_timeout_s) > 0
+        return "cuda" if found else "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if config.device == Device.cuda:
+        raise ValueError("trainer.device=cuda, and torch sees no GPU here; use trainer.device=auto or cpu")
+    if seen := driver_gpus():
+        raise ValueError(
+            f"the driver sees {seen[0]}, and torch cannot use it: this torch needs driver {OLDEST_DRIVER} or newer "
+            "(CUDA 13), or is a build for CPUs. Update the driver or install again; trainer.device=cpu runs without it"
+        )
+    return "cpu"
+
+
+def check_environment(shares_gpus: bool) -> None:
+    """Raise ValueError for settings of the environment with which workers on GPUs cannot work."""
+    everywhere = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
+    if os.environ.get(everywhere, "") not in ("", "0"):
+        raise ValueError(f"{everywhere} is set: every worker would use the first GPU of its node; unset it")
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if shares_gpus and "expandable_segments:true" in os.environ.get(name, "").lower().replace(" ", ""):
+            raise ValueError(
+                f"{name}={os.environ[name]}: engines on the trainer's GPUs get weights by CUDA IPC and sleep, and "
+                "neither works with expandable segments; unset it, or give engines GPUs of their own "
+                "(worker.rollout.dedicated_gpus)"
+            )
+
+
+def names_cluster() -> bool:
+    """Whether RAY_ADDRESS names a cluster that a run joins."""
+    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+
+
+def cluster_gpus(nnodes: int, timeout_s: float) -> int:
+    """GPUs of the Ray cluster, once `nnodes` nodes have joined or the time is over."""
+    join_cluster(nnodes)
+    try:
+        deadline = time.monotonic() + timeout_s
+        while sum(node["Alive"] for node in ray.nodes()) < nnodes and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return int(ray.cluster_resources().get("GPU", 0))
+    finally:
+        ray.shutdown()
+
+
+def driver_gpus() -> list[str]:
+    """Name and driver version of the GPUs that the driver sees, whether or not torch can use them."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:
+        return []
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
 
 
 def plan_replicas(ranks: int, rollout: RolloutConfig) -> int:
@@ -137,12 +212,20 @@ def start_ray(layout: Layout, nnodes: int = 1) -> None:
         "env_vars": {**passed_on, "TOKENIZERS_PARALLELISM": "false", "RAY_USAGE_STATS_ENABLED": "0"},
         "worker_process_setup_hook": "verl.plugins.prepare_worker",
     }
-    options = {"logging_level": logging.ERROR, "runtime_env": runtime_env}
-    if not os.environ.get("RAY_ADDRESS"):
+    if nnodes > 1 or names_cluster():
+        join_cluster(nnodes, runtime_env=runtime_env)
+    else:
         own = {"address": "local", "include_dashboard": False, "num_cpus": max(usable_cores(), 1)}
-        options |= own if nnodes == 1 else {"address": "auto"}
+        ray.init(logging_level=logging.ERROR, runtime_env=runtime_env, **own)
+
+
+def join_cluster(nnodes: int, **options: Any) -> None:
+    """Connect to the cluster in RAY_ADDRESS, or to the one that `ray start` has made here. Raises ConnectionError, with
+    the way out, where there is none."""
+    if not names_cluster():
+        options["address"] = "auto"
     try:
-        ray.init(**options)
+        ray.init(logging_level=logging.ERROR, **options)
     except ConnectionError as error:
         raise ConnectionError(
             f"trainer.nnodes={nnodes} and RAY_ADDRESS={os.environ.get('RAY_ADDRESS', '')!r}: there is no Ray cluster "

@@ -53,7 +53,7 @@ class RolloutGroup:
         self.seats = rollout_seats(layout, placement)
         self.replicas = [self._start(index) for index in range(len(self.seats))]
         self.actor: ActorGroup | None = None
-        self.connected: list[int] = []  # replicas between which and the actor the carrier is open
+        self.connected: tuple[str, list[int]] | None = None  # the carrier that is open, and the replicas at its end
         self.version = 0
         self.failures = 0
 
@@ -138,7 +138,7 @@ class RolloutGroup:
                     f"own error:\n{error}"
                 ) from error
             logger.warning("%s and is started again (failure %d of %d): %s", what, self.failures, limit, error)
-            self.connected = []
+            self.connected = None
             for index in indices:
                 ray.kill(self.replicas[index])
             if self.actor is not None and self.layout.shares_gpus:
@@ -169,7 +169,7 @@ class RolloutGroup:
         if not receivers.alive:
             return receivers.lost
         try:
-            if self.connected != receivers.alive:
+            if self.connected != (self.carrier, receivers.alive):
                 self._connect(receivers)
             receivers.call(RolloutWorker.wake_weights)
             receivers.call(RolloutWorker.begin_weights)
@@ -182,7 +182,7 @@ class RolloutGroup:
             actor.end_sending()  # before the caches wake: they take all the memory that there is
             receivers.call(RolloutWorker.wake_cache)
         except RayTaskError as error:
-            self.connected = []
+            self.connected = None
             # Where all must be there together, the death of one is an error of the others: all begin anew.
             if carrier.together and self._some_died(indices):
                 return dict.fromkeys(indices, error)
@@ -209,7 +209,7 @@ class RolloutGroup:
         if meeting:
             self.actor.meet_receivers(host, port, size)
         receivers.wait()
-        self.connected = receivers.alive
+        self.connected = (self.carrier, receivers.alive)
 
 
 class Receivers:

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import ray
 import torch
 import torch.distributed as dist
+from huggingface_hub import snapshot_download
 
 from verl.algorithms.losses.compose import build_terms
 from verl.algorithms.requirements import requirements_of
@@ -41,6 +43,8 @@ from verl.workers.training.dp_actor import DataParallelActor, compute_log_probs
 from verl.workers.training.dp_critic import DataParallelCritic
 from verl.workers.training.guarded_step import GuardedStep
 from verl.workers.training.optim import build_optimizer, build_schedule, weight_dtype
+
+FETCHED = [f"*.{kind}" for kind in ("json", "safetensors", "txt", "jinja", "model", "py")]
 
 
 class ModelWorker:
@@ -82,6 +86,17 @@ class ModelWorker:
             backend = "cpu:gloo,cuda:nccl"  # gradient norms and full weights are gathered from main memory
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world_size)
         self.writer = StateWriter()  # now, so that ranks which cannot reach each other fail at the start
+
+    def fetch(self, path: str) -> None:
+        """On rank 0: fetch a model from the hub; the others wait for it here. In a collective they would wait for ten
+        minutes and then end the run."""
+        if os.path.isdir(path):
+            return
+        if self.rank == 0:
+            snapshot_download(path, allow_patterns=FETCHED)
+            self.store.set(path, "fetched")
+        else:
+            self.store.wait([path], timedelta(hours=24))
 
     def training(self) -> GuardedStep:
         """The model that this worker trains, with its optimizer and schedule."""
@@ -166,6 +181,7 @@ class PolicyWorker(ModelWorker):
 
     def load(self, model: ModelConfig, fsdp: FSDPConfig, dtype: torch.dtype) -> None:
         """Load and shard the model, weights in `dtype`. All ranks call this together."""
+        self.fetch(model.model_path)
         special = load_special_tokens(model.model_path, model.trust_remote_code)
         chunk = self.config.worker.actor.logits_chunk_size
         temperature = self.config.worker.rollout.temperature
@@ -224,6 +240,7 @@ class CriticWorker(ModelWorker):
             enable_gradient_checkpointing=critic.enable_gradient_checkpointing,
             lora=LoRAConfig(),  # an adapter is the actor's alone
         )
+        self.fetch(model.model_path)
         dtype, per_node = weight_dtype(critic.optim), self.config.trainer.n_gpus_per_node
         values = build_sharded(model, critic.fsdp, ValueModel, self.device, dtype, per_node)
         optimizer = build_optimizer([p for p in values.parameters() if p.requires_grad], critic.optim)

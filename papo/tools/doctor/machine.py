@@ -6,10 +6,10 @@ import os
 import resource
 import shutil
 import socket
-import subprocess
 from collections.abc import Iterator
 
 from papo.tools.doctor.case import GIB, GPU, Case, Finding, error, in_gib, in_short, ok, warning
+from verl.single_controller.resources import OLDEST_DRIVER, driver_gpus
 from verl.utils.process import usable_cores
 
 SHARED_MEMORY = "/dev/shm"
@@ -54,19 +54,6 @@ def find_gpus() -> list[GPU]:
     return found
 
 
-def driver_gpus() -> list[str]:
-    """Name and driver version of the GPUs that the driver sees, whether or not torch can use them."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    query = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
-    except subprocess.TimeoutExpired:
-        return []
-    return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
-
-
 def check_gpus(case: Case) -> Iterator[Finding]:
     if case.imagined:
         yield ok("GPU", f"asked about: {len(case.gpus)} x {case.gpus[0].memory / GIB:.0f} GiB, which need not be here")
@@ -76,8 +63,8 @@ def check_gpus(case: Case) -> Iterator[Finding]:
         if seen:
             yield error(
                 "GPU",
-                f"the driver sees {seen[0]}, and torch cannot use it: the driver is too old for this torch, or torch "
-                "is a build for CPUs",
+                f"the driver sees {seen[0]}, and torch cannot use it: the driver is older than {OLDEST_DRIVER}, or "
+                "torch is a build for CPUs",
                 "update the driver, or install again without PAPO_TORCH_INDEX",
             )
         else:

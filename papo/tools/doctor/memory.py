@@ -132,7 +132,7 @@ def _on_gpus(trainers: list[Phase], engine: int, processes: int, shares: bool) -
     phases = []
     for phase in trainers:
         awake = shares and phase.name == GENERATION[0]
-        count = processes + (shares and not awake)  # awake, vLLM counts its own within its share
+        count = processes + shares  # vLLM's own context comes on top of its share
         phases.append(Phase(phase.name, phase.parts | ({"engine": engine} if awake else {})))
         phases[-1].parts["processes"] = count * GPU_PROCESS
     return phases if shares else [*phases, Phase(GENERATION[1], {"engine": engine})]
@@ -162,10 +162,9 @@ def _trained(
     """The actor or the critic on one of its ranks."""
     kept, width, count = weight_bytes(role.optim), compute_bytes(role.fsdp, device), trainable(shape, config)
     states = _states(shape, config, role.fsdp, ranks, device, role.optim)
-    gradients = [_share("gradients", kept, count, ranks)]
-    # AdamW works on all parameters at one time, CompensatedAdamW on one, of which the head is the largest.
-    copy = _share("copy for AdamW", FLOAT, count, ranks)
-    step = [copy if kept == FLOAT else _share("copies of the head", STEP_COPIES * FLOAT, shape.head, ranks)]
+    gradients = [_share("gradients", FLOAT, count, ranks)]
+    # AdamW is fused; CompensatedAdamW works on one parameter at a time, of which the head is the largest.
+    step = [] if kept == FLOAT else [_share("copies of the head", STEP_COPIES * FLOAT, shape.head, ranks)]
     work = [_gathered(shape, role.fsdp, width), _activations(shape, role, width, checkpointing)]
     if offloads(role.fsdp, device):
         return Model(work=work, away=total([*states, *gradients, *step]))

@@ -27,7 +27,7 @@ IMPORTS = (
     ("ray", "init", "ray"),
     ("datasets", "load_dataset", "datasets"),
 )
-OPTIONAL_IMPORTS = (("torchaudio", "torchaudio"), ("torchcodec", "torchcodec"), ("flash_attn", "flash-attn"))
+OPTIONAL_IMPORTS = (("torchaudio", "torchaudio"), ("flash_attn", "flash-attn"))  # torchcodec only for videos
 
 
 def installed_version(package: str) -> str | None:

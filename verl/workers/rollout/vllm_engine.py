@@ -32,8 +32,7 @@ ENVIRONMENT = {
 }
 
 
-# On GPUs, assumed: CUDA context and allocator, and CUDA graphs.
-PROCESS, GRAPHS = 2**30, 2**30
+GRAPHS = 2**30  # of CUDA, assumed
 
 
 @ENGINES.register("vllm")
@@ -57,7 +56,7 @@ class VLLMEngine:
         if load.capacity is None:
             space = int(float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) * 2**30)
             return [weights, working, Term("KV cache", space, "VLLM_CPU_KVCACHE_SPACE")], space
-        fixed = Term("context, graphs", PROCESS + (0 if rollout.enforce_eager else GRAPHS), "assumed")
+        fixed = Term("CUDA graphs", 0 if rollout.enforce_eager else GRAPHS, "assumed")
         taken = sum(term.bytes for term in (weights, working, fixed))
         left = int(rollout.gpu_memory_utilization * load.capacity) - taken
         how = f"what {rollout.gpu_memory_utilization:g} of the GPU leaves"

@@ -152,6 +152,7 @@ class DataParallelActor:
         gradients = self._gradients_by_term(losses, live, mask, denominators[ALL], metrics)
         # FSDP averages over ranks; the denominators are global already, so the shares must be summed.
         torch.autograd.backward(list(live.values()), [g * dist.get_world_size() for g in gradients])
+        self.step.widen_gradients()
 
     def _gradients_by_term(
         self,

@@ -88,6 +88,7 @@ class DataParallelCritic:
             self.faults.add("value")
         # FSDP averages over ranks; the denominators are global already, so the shares must be summed.
         (loss * dist.get_world_size()).backward()
+        self.step.widen_gradients()
 
     def _forward(self, rows: DataProto) -> torch.Tensor:
         """Values [B, R]."""

@@ -31,6 +31,14 @@ class GuardedStep:
     device: torch.device
     skipped_in_a_row: int = 0
 
+    def widen_gradients(self) -> None:
+        """Behind each backward: gradients of bfloat16 weights add up in float32, since the sum of 40 micro-batches in
+        bfloat16 would lose all but the first few of them."""
+        for parameter in self.model.parameters():
+            if parameter.grad is not None and parameter.grad.dtype == torch.bfloat16:
+                parameter.grad_dtype = torch.float32
+                parameter.grad = parameter.grad.float()
+
     def __call__(self, metrics: MetricBag, faults: set[str]) -> None:
         """Update from the gradients that are in the parameters. All ranks call this together.
 
