@@ -20,5 +20,9 @@ stage() {
     fi
 }
 
+if [ "${1:-}" = "+task=misled" ]; then # GRPO and PAPO on a task with a shortcut, side by side
+    stage "GRPO and PAPO on a task with a shortcut" python examples/study/study.py --demo
+    exit
+fi
 stage "1/2 data and warm start" python -m papo.quickstart outputs/quickstart_assets
 stage "2/2 training" python -m verl.trainer.main --config-name quickstart "$@"

@@ -106,7 +106,7 @@ def test_every_script_is_the_papers_setting(script, launch):
     name = os.path.basename(script).removesuffix(".sh")
     model = next(model for model in MODELS if name.startswith(model))
     assert config.worker.actor.model.model_path == MODELS[model] and config.trainer.experiment_name == name
-    assert needs.reference == (coefs[0] is not None) and needs.inert == ()
+    assert needs.reference == (coefs[0] is not None) and needs.inert == (("masked_entropy",) if coefs[3] else ())
     thinking = "thinking" in name
     assert data.max_response_length == (8192 if thinking else 2048)
     assert config.worker.reward.reward_function.split("/")[-1].startswith("qwen3_vl_think" if thinking else "math")
@@ -125,7 +125,7 @@ def test_every_script_is_the_papers_setting(script, launch):
     if "papo" in name:
         view = config.algorithm.views["masked"]
         assert (view.kind, view.prob, view.stage, view.per) == ("random_patch", 0.6, "raw", "prompt")
-        assert view.patch_size == (16 if thinking else 14) and view.grad == bool(coefs[3])
+        assert view.patch_size == (16 if thinking else 14) and not view.grad
 
 
 def test_overrides_and_environment_reach_the_run(launch):

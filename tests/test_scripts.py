@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -115,33 +114,3 @@ def test_pre_commit_runs_the_tools_that_setup_py_names():
     assert all(hook["language"] == "system" for hook in hooks)
     tools = {requirement.split(">=")[0] for requirement in setup_values()["EXTRAS"]["dev"]}
     assert {"ruff", "pre-commit"} == tools
-
-
-def test_a_comparison_reuses_what_the_same_code_has_made_and_nothing_else(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("compare", REPOSITORY / "scripts/compare.py")
-    compare = sys.modules["compare"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(compare)
-    started = []
-
-    def run(words, **_):
-        started.append(words)
-        return subprocess.CompletedProcess(words, 0)
-
-    monkeypatch.setattr(compare.subprocess, "run", run)
-    monkeypatch.setattr(compare, "REPOSITORY", tmp_path / "code")
-    (tmp_path / "code/verl").mkdir(parents=True)
-    (tmp_path / "code/verl/a.py").write_text("1")
-    variant = compare.Variant.parse("grpo")
-
-    def runs(*arguments: str) -> int:
-        before = len(started)
-        compare.code_digest.cache_clear()
-        compare.train(variant, 1, list(arguments), tmp_path)
-        return len(started) - before
-
-    assert [runs("-c", "a"), runs("-c", "a"), runs("-c", "b")] == [1, 0, 1]
-    (tmp_path / "code/verl/a.py").write_text("2")
-    assert [runs("-c", "b"), runs("-c", "b")] == [1, 0]
-    (tmp_path / "code/configs").mkdir()
-    (tmp_path / "code/configs/grpo.yaml").write_text("")
-    assert [runs("-c", "b"), runs("-c", "b")] == [1, 0]

@@ -49,7 +49,7 @@ def test_presets_hold_what_the_paper_says():
         3,
     )
     mask = papo.algorithm.views["masked"]
-    assert (mask.kind, mask.patch_size, mask.prob, mask.grad) == ("random_patch", 14, 0.6, True)
+    assert (mask.kind, mask.patch_size, mask.prob, mask.grad) == ("random_patch", 14, 0.6, False)
     assert not grpo.algorithm.views and "perception_kl" not in grpo.algorithm.terms
     assert (papo.data.rollout_batch_size, papo.worker.rollout.n, papo.worker.actor.global_batch_size) == (384, 5, 128)
     assert papo.worker.actor.optim.lr == 1e-6 and papo.worker.actor.optim.weight_decay == 1e-2
@@ -66,16 +66,18 @@ def test_another_masking_is_one_override(kind, option):
     )
     check(config)
     view = config.algorithm.views["masked"]
-    assert (view.kind, view.grad, view.stage, view.per) == (kind, True, "resized", "response")
+    assert (view.kind, view.grad, view.stage, view.per) == (kind, False, "resized", "response")
     name, value = option.split("=")
     assert str(getattr(view, name)) == value
     with pytest.raises(ValueError, match="per"):
         preset("papo_grpo", f"{where}.per=batch")
 
 
-def test_papo_needs_reference_and_live_view_and_a_term_removed_takes_its_pass_along():
-    found = check(preset())
+def test_papo_needs_reference_and_a_view_and_a_term_removed_takes_its_pass_along():
+    found = check(preset("papo_grpo_live"))
     assert found.reference and found.live_views == ("masked",) and found.inert == ()
+    found = check(preset("papo_grpo"))
+    assert found.reference and found.stored_views == ("masked",) and found.inert == ("masked_entropy",)
     found = check(preset("papo_grpo", "~term@algorithm.terms.ref_kl"))
     assert not found.reference
 
@@ -93,7 +95,7 @@ def test_one_seed_reaches_everything_unless_it_is_given_apart():
 
 
 def test_a_term_that_can_give_no_gradient_is_reported_by_name(caplog):
-    config = preset("papo_grpo", "algorithm.views.masked.grad=false")
+    config = preset("papo_grpo")
     with caplog.at_level(logging.INFO, logger="verl"):
         log_requirements(config, check(config))
     assert "loss term 'masked_entropy' has coefficient 0.05 and can give no gradient" in caplog.text
@@ -317,6 +319,7 @@ TABLE_6 = {
     "grpo": (0.3, 0.01, None, 0.0, None),
     "dapo": (0.28, None, None, 0.0, None),
     "papo_grpo": (0.3, 0.01, 0.02, 0.05, 0.05),
+    "papo_grpo_live": (0.3, 0.01, 0.02, 0.05, 0.05),
     "papo_grpo_3b": (0.3, 0.01, 0.02, 0.0, 0.0),
     "papo_grpo_no_kl_ref": (0.3, None, 0.01, 0.03, 0.03),
     "papo_dapo": (0.28, None, 0.01, 0.03, 0.03),
@@ -339,4 +342,7 @@ def test_presets_have_the_papers_settings(name):
         assert (view.kind, view.patch_size, view.prob, view.stage) == ("random_patch", 14, 0.6, "raw")
     found = check(config)
     assert found.reference == (coefs[0] is not None) and found.old
-    assert found.inert == (("masked_entropy",) if name == "papo_upstream" else ())
+    views = () if coefs[1] is None else ("masked",)
+    live = name == "papo_grpo_live"
+    assert (found.live_views, found.stored_views) == ((views, ()) if live else ((), views))
+    assert found.inert == (("masked_entropy",) if coefs[3] and not live else ())

@@ -106,8 +106,8 @@ def expected(old: dict[str, Any]) -> dict[str, Any]:
         "worker.actor.ppo_epochs": 1,
         "worker.actor.optim.lr_warmup_steps": 0,
         "worker.actor.optim.lr_scheduler_type": "constant",
-        "worker.actor.fsdp.cpu_offload": False,  # parked between phases there, which changes no number
-        "worker.ref.fsdp.cpu_offload": True,
+        "worker.actor.fsdp.offload": "between_phases",
+        "worker.ref.fsdp.offload": "always",
         "worker.rollout.top_k": -1,
         "worker.reward.reward_function_kwargs": {},
         "trainer.logger": [*(n for n in old["trainer.logger"] if n != "file"), "jsonl"],

@@ -126,25 +126,21 @@ def test_a_kl_in_the_reward_and_a_critic():
     assert "ref_kl" not in config.algorithm.terms
     assert (config.algorithm.adv_estimator, config.algorithm.lam, config.trainer.critic_warmup) == ("gae", 0.95, 3)
     assert (critic.optim.lr, critic.cliprange_value, critic.model_path) == (2e-6, 0.3, "c")
-    assert not critic.fsdp.cpu_offload
+    assert critic.fsdp.offload == "between_phases"
 
 
 @pytest.mark.parametrize("role", ["actor", "ref"])
-def test_an_optimizer_in_main_memory_is_asked_for_by_its_own_key_alone(role, caplog):
-    """Upstream's other keys park states there between phases: the optimizer's step stays on the GPU."""
+def test_states_in_main_memory_between_phases_or_always(role):
+    """Upstream's `offload` parks states between phases: the optimizer's step stays on the GPU."""
+    other = "ref" if role == "actor" else "actor"
     parked = [f"worker.{role}.offload.offload_params=true", f"worker.{role}.offload.offload_optimizer=true"]
-    with caplog.at_level(logging.INFO, logger="verl"):
-        worker = compose_legacy("examples/config.yaml", parked).worker
-    assert not worker.actor.fsdp.cpu_offload and not worker.ref.fsdp.cpu_offload
-    assert "offload_optimizer=true: weights and states stay on the GPU between the phases of a step" in caplog.text
-    assert f"worker.{role}.fsdp.cpu_offload=true keeps them in main memory" in caplog.text
+    worker = compose_legacy("examples/config.yaml", parked).worker
+    assert getattr(worker, role).fsdp.offload == "between_phases" and getattr(worker, other).fsdp.offload == "none"
     line = [f"worker.{role}.fsdp.enable_cpu_offload=true", "worker.actor.optim.strategy=adamw_bf16"]
     worker = compose_legacy("examples/config.yaml", line).worker
-    assert {name: getattr(worker, name).fsdp.cpu_offload for name in ("actor", "ref")} == {
-        name: name == role for name in ("actor", "ref")
-    }
+    assert getattr(worker, role).fsdp.offload == "always" and getattr(worker, other).fsdp.offload == "none"
     assert worker.actor.optim.strategy == "adamw_bf16" and worker.critic.optim.strategy == "adamw"
-    assert translate_overrides([*parked, *line]) == [f"worker.{role}.fsdp.cpu_offload=true", line[1]]
+    assert translate_overrides([*parked, *line]) == [f"worker.{role}.fsdp.offload=always", line[1]]
 
 
 def test_lora():
@@ -288,7 +284,7 @@ def test_a_converted_file_composes_to_the_same_config(tmp_path, capsys):
     assert translated.algorithm.adv_estimator == "rloo" and translated.data.prompt_key == "question"
     assert (translated.data.seed, translated.worker.rollout.seed) == (7, 1)
     assert (actor.optim.lr, actor.optim.lr_warmup_steps, actor.model.trust_remote_code) == (2e-6, 10, True)
-    assert (actor.optim.strategy, actor.fsdp.cpu_offload) == ("adamw_bf16", False)
+    assert (actor.optim.strategy, actor.fsdp.offload) == ("adamw_bf16", "none")
     assert (actor.fsdp.reshard_after_forward, translated.worker.ref.fsdp.reshard_after_forward) == (False, True)
     sampling = translated.worker.rollout.val_override_config
     assert (sampling.n, sampling.temperature, sampling.top_p) == (8, 0.5, None)

@@ -259,12 +259,12 @@ def test_states_in_bfloat16_and_in_main_memory():
     assert found["actor", "weights"] == found["actor, update", "gradients"] == PARAMETERS // 4
     assert found["actor", "optimizer states"] == 3 * 2 * PARAMETERS // 8
     assert found["actor, optimizer step", "copies of the head"] == STEP_COPIES * 4 * HEAD // 8
-    away = estimate_7b("worker.actor.fsdp.cpu_offload=true", "worker.ref.fsdp.cpu_offload=true")
+    away = estimate_7b("worker.actor.fsdp.offload=always", "worker.ref.fsdp.offload=always")
     assert not any(
         role in parts(away)["generation"] for role in ("actor", "reference") if parts(away)["generation"][role]
     )
     assert away.offloaded == 8 * (20 * PARAMETERS // 8 + PARAMETERS // 4)
-    critic = estimate_7b("algorithm.adv_estimator=gae", "worker.critic.fsdp.cpu_offload=true")
+    critic = estimate_7b("algorithm.adv_estimator=gae", "worker.critic.fsdp.offload=always")
     assert critic.offloaded == 20 * PARAMETERS
 
 

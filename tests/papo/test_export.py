@@ -50,7 +50,7 @@ def train(rank: int, assets: Path, model: Path, run: Path) -> dict[str, torch.Te
         "data.max_response_length=10",
         "algorithm.terms.perception_kl.schedule.warmup_steps=7",
     ]
-    config = compose_config("papo_grpo", overrides)
+    config = compose_config("papo_grpo_live", overrides)
     world = dist.get_world_size()
     worker = ActorWorker("actor", config, rank, world, "cpu", 1)
     worker.build(total_updates=4)

@@ -69,7 +69,7 @@ def test_the_same_settings_are_used_again_and_others_are_not(data):
     assert (build_data(data, settings=SMALL) / "train.parquet").stat().st_mtime_ns == before
     assert not is_current(data, {"kind": "digits"})
     other = build_data(data, settings=replace(SMALL, val_rows=31))
-    assert len(rows(other.val)) == 31
+    assert len(rows(other / "val.parquet")) == 31
 
 
 def test_a_folder_with_foreign_files_is_left_alone(tmp_path):

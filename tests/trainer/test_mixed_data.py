@@ -25,8 +25,8 @@ pytestmark = [pytest.mark.run, pytest.mark.usefixtures("in_repository")]
 # In the passes of the first step rank 1 has no image at all, in those of the second each rank has one micro-batch
 # without; the second update of the first step has no image on any rank, those of the second step one on rank 0 alone.
 IMAGES = [1, 2, 0, 0, 1, 0, 1, 0]
-STORED = {"papo_grpo_3b", "papo_upstream", "vppo"}
-LIVE = {"papo_grpo", "papo_grpo_no_kl_ref", "papo_dapo", "quickstart"}
+LIVE = {"papo_grpo_live"}
+STORED = {"papo_grpo", "papo_grpo_3b", "papo_grpo_no_kl_ref", "papo_dapo", "papo_upstream", "vppo", "quickstart"}
 
 
 def compose(preset: str, assets: Path, folder: Path) -> Config:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText
 
 from tests.fakes.actors import on_ranks
@@ -17,6 +18,8 @@ from verl.protocol import DataProto
 from verl.workers.model_worker import ActorWorker, CriticWorker, ReferenceWorker
 
 OFFLOAD = [f"worker.{role}.fsdp.offload=always" for role in ("actor", "ref", "critic")]
+PARKED = [f"worker.{role}.fsdp.offload=between_phases" for role in ("actor", "ref", "critic")]
+HYBRID = ["worker.actor.fsdp.shard_size=1"]  # each rank has a copy of the weights
 BF16 = [f"worker.{role}.optim.strategy=adamw_bf16" for role in ("actor", "critic")]
 
 
@@ -28,7 +31,7 @@ def train(rank: int, assets: Path, out: Path, *variants: list[str]) -> list[dict
 
 def _train(rank: int, assets: Path, out: str, overrides: list[str]) -> dict[str, object]:
     config = compose_config(
-        "papo_grpo",
+        "papo_grpo_live",
         [
             f"worker.actor.model.model_path={assets / 'model'}",
             "worker.actor.optim.lr=0.001",
@@ -49,13 +52,20 @@ def _train(rank: int, assets: Path, out: str, overrides: list[str]) -> dict[str,
         data = worker.send_bucket(layout, rank == 0)
         if rank == 0:
             sent |= {name: weight.clone() for name, weight in layout.unpack(torch.from_numpy(data.copy()))}
+    worker.end_sending()
+    on_device = sum(map(size_on_device, (*worker.weights(), *worker.states())))
     worker.save_huggingface(out)
     return {
         "sent": sent,
+        "on_device": on_device,
         "norms": [step["actor/grad_norm"] for step in metrics],
         "log_probs": worker.compute_log_probs([ORIGINAL])["log_probs"],
         "dtypes": {p.dtype for p in worker.policy.parameters()},
     }
+
+
+def size_on_device(tensor: torch.Tensor) -> int:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage().nbytes()
 
 
 def read(folder: Path) -> dict[str, torch.Tensor]:
@@ -77,6 +87,17 @@ def test_offloaded_updates_are_bit_for_bit_those_without_and_bfloat16_takes_the_
     assert missed < 0.25 * moved
     assert plain["dtypes"] == {torch.float32} and narrow["dtypes"] == {torch.bfloat16}
     assert narrow["norms"] == pytest.approx(plain["norms"], rel=0.05)
+
+
+def test_parked_between_phases_nothing_changes_and_nothing_stays_on_the_device(assets, tmp_path):
+    plain, parked, hybrid = on_ranks(2, train, assets, tmp_path, [], PARKED, HYBRID)[0]
+    assert plain["on_device"] > 0 and parked["on_device"] == 0
+    assert parked["norms"] == plain["norms"] and torch.equal(parked["log_probs"], plain["log_probs"])
+    saved = read(tmp_path / "1")
+    assert all(torch.equal(parked["sent"][name], weight) for name, weight in plain["sent"].items())
+    assert all(torch.equal(saved[name], weight) for name, weight in plain["sent"].items())
+    assert hybrid["norms"] == pytest.approx(plain["norms"], rel=1e-4)
+    torch.testing.assert_close(hybrid["log_probs"], plain["log_probs"], atol=1e-4, rtol=0)
 
 
 def others(rank: int, assets: Path, *variants: list[str]) -> list[tuple[torch.Tensor, torch.Tensor, set[torch.dtype]]]:
@@ -103,7 +124,8 @@ def _others(rank: int, assets: Path, overrides: list[str]) -> tuple[torch.Tensor
 
 def test_reference_and_critic_are_offloaded_and_narrowed_too(assets):
     narrowed = [*BF16, "worker.ref.fsdp.compute_dtype=bfloat16"]
-    plain, offloaded, narrow = on_ranks(2, others, assets, [], OFFLOAD, narrowed)[0]
+    plain, offloaded, narrow, parked = on_ranks(2, others, assets, [], OFFLOAD, narrowed, PARKED)[0]
+    assert torch.equal(parked[0], plain[0]) and torch.equal(parked[1], plain[1])
     (log_probs, values, dtypes), valid = plain, plain[1] != 0
     assert torch.equal(offloaded[0], log_probs) and torch.equal(offloaded[1], values) and values.abs().max() > 0.01
     assert dtypes == {torch.float32}  # as its forward computes here

@@ -264,6 +264,7 @@ class CriticWorker(ModelWorker):
         """All updates of one step on this rank's rows; returns its metrics."""
         rows = self.rows.with_columns(dict(columns.tensors.items()))
         keys = ("max_tokens_per_micro_batch", "enable_gradient_checkpointing", "fsdp.reshard_after_forward")
+        self.take_back()
         with explain_oom("the critic's update", self.settings(*(f"worker.critic.{key}" for key in keys))):
             metrics = self.critic.update_critic(rows, self.sizes)
         self.park()

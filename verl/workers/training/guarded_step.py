@@ -36,8 +36,9 @@ class GuardedStep:
         bfloat16 would lose all but the first few of them."""
         for parameter in self.model.parameters():
             if parameter.grad is not None and parameter.grad.dtype == torch.bfloat16:
-                parameter.grad_dtype = torch.float32
-                parameter.grad = parameter.grad.float()
+                gradient, parameter.grad = parameter.grad.float(), None
+                parameter.grad_dtype = None  # any
+                parameter.grad = gradient
 
     def __call__(self, metrics: MetricBag, faults: set[str]) -> None:
         """Update from the gradients that are in the parameters. All ranks call this together.
