@@ -50,7 +50,7 @@ def live(gamma: float, entropies: str) -> tuple[str, ...]:
     )
 
 
-CHOSEN = 0.08  # the largest of --choose without a collapse
+CHOSEN = 0.11  # the largest of --choose without a collapse
 GRPO = Variant("GRPO", "grpo")
 CONTROL = Variant("GRPO + entropy term", "grpo", (ENTROPY,))
 PAPO = Variant(f"PAPO γ={CHOSEN}", "papo_grpo", papo(CHOSEN))

@@ -140,7 +140,7 @@ def test_states_in_main_memory_between_phases_or_always(role):
     worker = compose_legacy("examples/config.yaml", line).worker
     assert getattr(worker, role).fsdp.offload == "always" and getattr(worker, other).fsdp.offload == "none"
     assert worker.actor.optim.strategy == "adamw_bf16" and worker.critic.optim.strategy == "adamw"
-    assert translate_overrides([*parked, *line]) == [f"worker.{role}.fsdp.offload=always", line[1]]
+    assert translate_overrides([*parked, *line]) == [f'worker.{role}.fsdp.offload="always"', line[1]]
 
 
 def test_lora():
@@ -284,7 +284,7 @@ def test_a_converted_file_composes_to_the_same_config(tmp_path, capsys):
     assert translated.algorithm.adv_estimator == "rloo" and translated.data.prompt_key == "question"
     assert (translated.data.seed, translated.worker.rollout.seed) == (7, 1)
     assert (actor.optim.lr, actor.optim.lr_warmup_steps, actor.model.trust_remote_code) == (2e-6, 10, True)
-    assert (actor.optim.strategy, actor.fsdp.offload) == ("adamw_bf16", "none")
+    assert (actor.optim.strategy, actor.fsdp.offload) == ("adamw_bf16", "between_phases")
     assert (actor.fsdp.reshard_after_forward, translated.worker.ref.fsdp.reshard_after_forward) == (False, True)
     sampling = translated.worker.rollout.val_override_config
     assert (sampling.n, sampling.temperature, sampling.top_p) == (8, 0.5, None)

@@ -55,7 +55,7 @@ def test_differences_are_paired_by_seed(runs, tmp_path):
     assert rows[1]["step_seconds"] == 2.0 and rows[0]["val/accuracy"]["values"] == [0.1, 0.2, 0.4]
     assert rows[1]["val/accuracy"]["difference"] == pytest.approx(0.1)
     assert rows[1]["val/accuracy"]["difference_interval"] == pytest.approx(0.0, abs=1e-9)
-    assert "| dapo | 33.3 ± 38.0 | +10.0 ± 0.0 | 20.0, 30.0, 50.0 |" in table(rows, "val/accuracy")
+    assert "| dapo | 33.3 ± 37.9 | +10.0 ± 0.0 | 20.0, 30.0, 50.0 |" in table(rows, "val/accuracy")
     assert mean_and_interval([0.5]) == (0.5, None)
 
 

@@ -28,6 +28,7 @@ from verl.data.dataset import PromptDataset
 from verl.data.vision import VisionProcessor, load_special_tokens
 from verl.protocol import DataProto
 from verl.tracking.run_info import settings
+from verl.workers.fsdp.checkpoint import StateWriter
 from verl.workers.model_worker import ActorWorker
 from verl.workers.rollout.base import SamplingParams
 from verl.workers.rollout.hf_engine import HFEngine
@@ -53,6 +54,7 @@ def train(rank: int, assets: Path, model: Path, run: Path) -> dict[str, torch.Te
     config = compose_config("papo_grpo_live", overrides)
     world = dist.get_world_size()
     worker = ActorWorker("actor", config, rank, world, "cpu", 1)
+    worker.writer = StateWriter()  # as `join` makes it
     worker.build(total_updates=4)
     folder = CheckpointFolder(str(run / "checkpoints"))
     for step in (2, 4):

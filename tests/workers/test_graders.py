@@ -237,6 +237,7 @@ def manager_of(name: str) -> RewardManager:
     return manager
 
 
+PROBLEM = "<image>Add the digits. A friend reads 3+5."
 FUNCTIONS = sorted({path.stem for path in EXAMPLES.glob("*.py")} - {"answer"} | set(GRADERS))
 
 
@@ -250,7 +251,7 @@ def test_no_response_crashes_or_hangs_a_reward_without_an_error_that_says_so(nam
     @given(st.lists(RESPONSE, min_size=20, max_size=20))
     def fuzz(responses):
         truth = TRUTHS.get(name, "\\frac{1}{2}")
-        inputs = [RewardInput(response=r, response_length=5, ground_truth=truth) for r in responses]
+        inputs = [RewardInput(response=r, response_length=5, ground_truth=truth, problem=PROBLEM) for r in responses]
         for outcome in manager.score(inputs):
             if outcome.failure is None:
                 assert -1 <= outcome.score["overall"] <= 1 and all(map(math.isfinite, outcome.score.values()))
@@ -279,7 +280,7 @@ def test_long_degenerate_responses_take_no_time_worth_a_limit(name):
     try:
         truth = TRUTHS.get(name, "\\frac{1}{2}")
         long = [f"<think>{piece * (40_000 // len(piece))}" for piece in pieces]
-        inputs = [RewardInput(response=r, response_length=5, ground_truth=truth) for r in long]
+        inputs = [RewardInput(response=r, response_length=5, ground_truth=truth, problem=PROBLEM) for r in long]
         assert [outcome.failure for outcome in manager.score(inputs)] == [None] * len(inputs)
     finally:
         manager.close()

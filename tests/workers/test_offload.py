@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText
 
 from tests.fakes.actors import on_ranks
 from tests.fakes.rollouts import make_batch
 from verl.algorithms.losses.compose import coefficients
+from verl.checkpoint.tensors import read_tensors, saved_tensors
 from verl.columns import ORIGINAL
 from verl.config.compose import compose_config
 from verl.protocol import DataProto
+from verl.workers.fsdp.checkpoint import StateWriter
 from verl.workers.model_worker import ActorWorker, CriticWorker, ReferenceWorker
 
 OFFLOAD = [f"worker.{role}.fsdp.offload=always" for role in ("actor", "ref", "critic")]
@@ -53,15 +57,32 @@ def _train(rank: int, assets: Path, out: str, overrides: list[str]) -> dict[str,
         if rank == 0:
             sent |= {name: weight.clone() for name, weight in layout.unpack(torch.from_numpy(data.copy()))}
     worker.end_sending()
+    checkpoint = save(worker, rank, f"{out}_checkpoint")
     on_device = sum(map(size_on_device, (*worker.weights(), *worker.states())))
     worker.save_huggingface(out)
     return {
         "sent": sent,
+        "checkpoint": checkpoint,
         "on_device": on_device,
         "norms": [step["actor/grad_norm"] for step in metrics],
         "log_probs": worker.compute_log_probs([ORIGINAL])["log_probs"],
         "dtypes": {p.dtype for p in worker.policy.parameters()},
     }
+
+
+def save(worker: ActorWorker, rank: int, folder: str) -> dict[str, torch.Tensor]:
+    """Save a checkpoint in the background and read it whole."""
+    if rank == 0:
+        os.mkdir(folder)
+    dist.barrier()
+    worker.writer = StateWriter()  # as `join` makes it
+    worker.start_save(folder, optimizer=True, background=True)
+    files = worker.finish_save()
+    assert isinstance(files, dict), files
+    dist.barrier()
+    tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in saved_tensors(folder).items()}
+    read_tensors(folder, tensors, alone=True)
+    return tensors
 
 
 def size_on_device(tensor: torch.Tensor) -> int:
@@ -94,6 +115,8 @@ def test_parked_between_phases_nothing_changes_and_nothing_stays_on_the_device(a
     assert plain["on_device"] > 0 and parked["on_device"] == 0
     assert parked["norms"] == plain["norms"] and torch.equal(parked["log_probs"], plain["log_probs"])
     saved = read(tmp_path / "1")
+    assert parked["checkpoint"].keys() == plain["checkpoint"].keys() and len(plain["checkpoint"]) > 60
+    assert all(torch.equal(parked["checkpoint"][name], value) for name, value in plain["checkpoint"].items())
     assert all(torch.equal(parked["sent"][name], weight) for name, weight in plain["sent"].items())
     assert all(torch.equal(saved[name], weight) for name, weight in plain["sent"].items())
     assert hybrid["norms"] == pytest.approx(plain["norms"], rel=1e-4)

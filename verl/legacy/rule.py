@@ -22,6 +22,7 @@ class Rule:
         why: Said where nothing comes of it.
         differs: A line on what is not as it was there and changes numbers, with the way to theirs; empty for none.
         plain: Old keys (also inside a dict) that are one key here, whatever the others say.
+        alone: Given as overrides of a preset, the keys have a meaning without the rest of an old config.
     """
 
     defaults: dict[str, Any]
@@ -29,6 +30,7 @@ class Rule:
     why: str = "it has no effect here"
     differs: Callable[[Old], str] = lambda old: ""
     plain: dict[str, str] = field(default_factory=dict)
+    alone: bool = False
 
 
 def refusal(key: str, value: object, way_out: str) -> ValueError:

@@ -183,7 +183,7 @@ def _offload(role: str, old: Old) -> Changes:
     """Upstream's `offload` parks states between phases; its `enable_cpu_offload` lets the optimizer work there."""
     parked = old[f"worker.{role}.offload.offload_params"] or old[f"worker.{role}.offload.offload_optimizer"]
     always = old[f"worker.{role}.fsdp.enable_cpu_offload"]
-    return {f"worker.{role}.fsdp.offload": "always" if always else "between_phases"} if always or parked else {}
+    return {f"worker.{role}.fsdp.offload": "always" if always else "between_phases" if parked else "none"}
 
 
 def _shard_size(role: str, old: Old) -> Changes:
@@ -203,7 +203,7 @@ def _fsdp(role: str) -> list[Rule]:
                 f"worker.{role}.offload.offload_optimizer": False,
             },
             partial(_offload, role),
-            "between phases weights and states go to main memory together",
+            alone=True,
         ),
         no_effect(f"{where}.enable_rank0_init", True, "rank 0 reads the weights and gives the others their shards"),
         no_effect(f"{where}.use_orig_params", False, "FSDP2 always does"),

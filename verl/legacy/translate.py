@@ -105,10 +105,12 @@ def translate_overrides(overrides: Sequence[str]) -> list[str]:
         ValueError: an old key has no meaning here, or none without the whole old config.
     """
     load_plugins()
-    return [new for word in overrides for new in _translate_override(word)]
+    given = dict(word.split("=", 1) for word in overrides if "=" in word)
+    return [new for word in overrides for new in _translate_override(word, given)]
 
 
-def _translate_override(word: str) -> list[str]:
+def _translate_override(word: str, given: Mapping[str, str]) -> list[str]:
+    """What one override is here; of several that are one key here, the last is."""
     key, _, text = word.partition("=")
     if _is_hydras(word) or is_ours(key):
         return [word]
@@ -118,18 +120,24 @@ def _translate_override(word: str) -> list[str]:
             return [f"{rule.plain[key]}={text}"]
         if not any(key == old or key.startswith(f"{old}.") for old in rule.defaults):
             continue
-        if len(rule.defaults) > 1 or key not in rule.defaults:
+        if key not in rule.defaults or (len(rule.defaults) > 1 and not rule.alone):
             raise refusal(
                 key,
                 text,
                 "alone it does not say which loss terms and views there are. Begin with a preset that has them "
                 "(--config-name), or give the whole old config with config=FILE.yaml",
             )
-        said = {key: OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]}
-        changes = _apply(rule, said)
+        said = {old: _value(text) for old, text in given.items() if old in rule.defaults}
+        if key != [*said][-1]:
+            return []
+        changes = _apply(rule, rule.defaults | said)
         _log(rule, said, changes)
         return [f"{new}={json.dumps(value)}" for new, value in changes.items()]
     return [word]
+
+
+def _value(text: str) -> Any:
+    return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
 
 
 def is_ours(key: str) -> bool:

@@ -133,11 +133,11 @@ class ModelWorker:
     def start_save(self, folder: str, optimizer: bool, background: bool) -> None:
         """Begin to write this rank's part of a checkpoint; all ranks call this together. In the background it is
         written from a copy while training goes on."""
-        self.take_back()
         step = self.training()
         tensors = model_tensors(step.model) | (optimizer_tensors(step) if optimizer else {})
+        if self.parking is not None:  # engines may be awake: nothing is taken back for a save
+            tensors = {name: self.parking.read(tensor) for name, tensor in tensors.items()}
         self.writer.start(folder, tensors, plain_state(step), self.describe, background)
-        self.park()
 
     def save_is_done(self) -> bool:
         return self.writer.done()

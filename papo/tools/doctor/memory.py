@@ -28,13 +28,24 @@ GENERATION = ("generation", "engine's GPUs")  # the phases in which an engine is
 @dataclass(frozen=True)
 class Model:
     """Memory of one model on a rank's device: `states` through the whole step, `gradients` and `work` beside them in
-    forward and backward, `gradients` and `step` in the optimizer's step. `away` is kept in main memory instead."""
+    forward and backward, `gradients` and `step` in the optimizer's step. `away` is kept in main memory instead; what is
+    `parked` has its states there while it does not work."""
 
     states: list[Term] = field(default_factory=list)
     gradients: list[Term] = field(default_factory=list)
     work: list[Term] = field(default_factory=list)
     step: list[Term] = field(default_factory=list)
     away: int = 0
+    parked: bool = False
+
+    @property
+    def idle(self) -> int:
+        """Bytes on the device while others work."""
+        return 0 if self.parked else total(self.states)
+
+    @property
+    def in_main_memory(self) -> int:
+        return self.away + (total(self.states) if self.parked else 0)
 
 
 @dataclass(frozen=True)
@@ -112,19 +123,19 @@ def estimate(case: Case, config: Config, shapes: dict[str, Shape]) -> Estimate:
         fixed = {"engine": replicas * total(engine)}
         fixed["processes"] = (2 + ranks * len(models) + replicas) * CPU_PROCESS
         phases = [Phase(p.name, {role: ranks * size for role, size in p.parts.items()} | fixed) for p in trainers]
-    away = config.trainer.n_gpus_per_node * sum(model.away for model in models.values())
+    away = config.trainer.n_gpus_per_node * sum(model.in_main_memory for model in models.values())
     return Estimate(case.device, capacity, roles, phases, cache, load.kv_token, away)
 
 
 def on_device(models: dict[str, Model]) -> Iterator[Phase]:
     """Phases of a step, with what each model has on one rank's device."""
-    rest = {name: total(model.states) for name, model in models.items()}
+    rest = {name: model.idle for name, model in models.items()}
     yield Phase(GENERATION[0], rest)
     for name in ("critic", "actor"):
         if name in models:
             model, prefix = models[name], "critic's " if name == "critic" else ""
             for phase, terms in (("update", model.work), ("optimizer step", model.step)):
-                yield Phase(prefix + phase, rest | {name: rest[name] + total(model.gradients + terms)})
+                yield Phase(prefix + phase, rest | {name: total(model.states + model.gradients + terms)})
 
 
 def _on_gpus(trainers: list[Phase], engine: int, processes: int, shares: bool) -> list[Phase]:
@@ -149,7 +160,7 @@ def models_of(case: Case, config: Config, shapes: dict[str, Shape], ranks: int) 
     if needs.reference and not config.worker.actor_is_reference:
         fsdp = config.worker.ref.fsdp
         states = _states(shapes["reference"], config, fsdp, ranks, case.device)
-        found["reference"] = Model(away=total(states)) if offloads(fsdp, case.device) else Model(states)
+        found["reference"] = _placed(Model(states), fsdp, case.device)
     if needs.critic:
         checkpointing = critic.enable_gradient_checkpointing
         found["critic"] = _trained(shapes["critic"], config, critic, ranks, case.device, checkpointing)
@@ -166,19 +177,20 @@ def _trained(
     # AdamW is fused; CompensatedAdamW works on one parameter at a time, of which the head is the largest.
     step = [] if kept == FLOAT else [_share("copies of the head", STEP_COPIES * FLOAT, shape.head, ranks)]
     work = [_gathered(shape, role.fsdp, width), _activations(shape, role, width, checkpointing)]
-    if offloads(role.fsdp, device):
-        return Model(work=work, away=total([*states, *gradients, *step]))
-    return Model(states, gradients, work, step)
+    return _placed(Model(states, gradients, work, step), role.fsdp, device)
+
+
+def _placed(model: Model, fsdp: FSDPConfig, device: str) -> Model:
+    """The model with what `fsdp.offload` moves to main memory there."""
+    if device == "cuda" and fsdp.offload == Offload.always:
+        return Model(work=model.work, away=total([*model.states, *model.gradients, *model.step]))
+    return replace(model, parked=device == "cuda" and fsdp.offload == Offload.between_phases)
 
 
 def trainable(shape: Shape, config: Config) -> int:
     """Parameters that get gradients."""
     frozen = shape.vision_parameters if config.worker.actor.model.freeze_vision_tower else 0
     return shape.adapter or shape.parameters - frozen
-
-
-def offloads(fsdp: FSDPConfig, device: str) -> bool:
-    return fsdp.offload == Offload.always and device == "cuda"
 
 
 def _states(
@@ -246,7 +258,7 @@ def compute_bytes(fsdp: FSDPConfig, device: str) -> int:
 
 
 def weight_bytes(optim: OptimConfig) -> int:
-    """Of a trained weight, its gradient and each of its optimizer states."""
+    """Of a trained weight and each of its optimizer states."""
     return 2 if optim.strategy == OptimStrategy.adamw_bf16 else FLOAT
 
 

@@ -47,9 +47,22 @@ class Parking:
             _bytes_of(storage).copy_(self.copies[key], non_blocking=True)
         _wait()
 
+    def read(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, or its copy in main memory while it is parked; the next `park` overwrites that."""
+        key, local = _storage(tensor)._cdata, _local(tensor)
+        if key not in self.parked:
+            return tensor
+        place = (local.storage_offset(), local.size(), local.stride())
+        copy = torch.empty(0, dtype=local.dtype).set_(self.copies[key].untyped_storage(), *place)
+        return DTensor(copy, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else copy
+
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+    return _local(tensor).untyped_storage()
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
