@@ -14,7 +14,6 @@ REQUIRES = [
     "ray[default]==2.60.0",  # default: `ray job submit`
     "hydra-core==1.3.8",
     "omegaconf==2.3.1",
-    "tensordict==0.15.3",
     "torchdata==0.11.0",
     "math-verify==0.9.0",
     "mathruler==0.1.0",

@@ -29,7 +29,6 @@ REQUIRED = [
     ("ray", [], "worker processes", REINSTALL),
     ("hydra", [], "configuration", REINSTALL),
     ("omegaconf", [], "configuration", REINSTALL),
-    ("tensordict", [], "batches", REINSTALL),
     ("torchdata.stateful_dataloader", ["StatefulDataLoader"], "data loading with resume", REINSTALL),
     ("datasets", [], "data sets", REINSTALL),
     ("math_verify", [], "checking mathematical answers", REINSTALL),

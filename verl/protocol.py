@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDict
 
 from verl.columns import COLUMNS
 
@@ -25,13 +24,13 @@ class DataProto:
     the batch is indexed, split, joined or pickled, so images cross Ray once per prompt.
     """
 
-    tensors: TensorDict
+    tensors: dict[str, torch.Tensor]
     objects: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, column in self.objects.items():
-            if len(column) != len(self):
-                raise ValueError(f"object column '{name}' has {len(column)} rows, the batch has {len(self)}")
+        rows = {name: len(column) for name, column in {**self.tensors, **self.objects}.items()}
+        if len(set(rows.values())) > 1:
+            raise ValueError(f"columns disagree in their number of rows: {rows}")
 
     @classmethod
     def from_dict(
@@ -40,42 +39,35 @@ class DataProto:
         objects: Mapping[str, Sequence[Any]] | None = None,
     ) -> DataProto:
         """Make a batch; raises ValueError where columns disagree in their number of rows."""
-        rows = {name: len(column) for name, column in {**tensors, **(objects or {})}.items()}
-        if len(set(rows.values())) != 1:
-            raise ValueError(f"columns disagree in their number of rows: {rows}")
-        num_rows = next(iter(rows.values()))
-        return cls(
-            TensorDict(dict(tensors), batch_size=[num_rows]),
-            {name: object_array(column) for name, column in (objects or {}).items()},
-        )
+        return cls(dict(tensors), {name: object_array(column) for name, column in (objects or {}).items()})
 
     def __len__(self) -> int:
-        return self.tensors.batch_size[0]
+        return len(next(iter({**self.tensors, **self.objects}.values()), ()))
 
     def __contains__(self, name: str) -> bool:
-        return name in self.tensors.keys() or name in self.objects
+        return name in self.tensors or name in self.objects
 
     def __getitem__(self, name: str) -> torch.Tensor | np.ndarray:
         if name in self.objects:
             return self.objects[name]
-        if name not in self.tensors.keys():
-            raise KeyError(f"no column '{name}'; there are {sorted([*self.tensors.keys(), *self.objects])}")
+        if name not in self.tensors:
+            raise KeyError(f"no column '{name}'; there are {sorted([*self.tensors, *self.objects])}")
         return self.tensors[name]
 
     def select(self, names: Sequence[str]) -> DataProto:
         """Only the columns in `names`; a name that the batch lacks is a KeyError."""
         missing = [name for name in names if name not in self]
         if missing:
-            raise KeyError(f"no columns {missing}; there are {sorted([*self.tensors.keys(), *self.objects])}")
-        tensors = {name: self.tensors[name] for name in names if name in self.tensors.keys()}
+            raise KeyError(f"no columns {missing}; there are {sorted([*self.tensors, *self.objects])}")
+        tensors = {name: self.tensors[name] for name in names if name in self.tensors}
         objects = {name: self.objects[name] for name in names if name in self.objects}
-        return DataProto(TensorDict(tensors, batch_size=self.tensors.batch_size), objects)
+        return DataProto(tensors, objects)
 
     def rows(self, index: torch.Tensor | slice) -> DataProto:
         """The rows in `index` (integers, booleans or a slice), in that order."""
         array_index = index if isinstance(index, slice) else index.numpy()
         objects = {name: column[array_index] for name, column in self.objects.items()}
-        return DataProto(self.tensors[index], objects)
+        return DataProto({name: column[index] for name, column in self.tensors.items()}, objects)
 
     def with_columns(
         self,
@@ -83,8 +75,7 @@ class DataProto:
         objects: Mapping[str, Sequence[Any]] | None = None,
     ) -> DataProto:
         """A batch that also has these columns; a column of the same name is replaced."""
-        merged = {**dict(self.tensors.items()), **(tensors or {})}
-        return DataProto.from_dict(merged, {**self.objects, **(objects or {})})
+        return DataProto.from_dict({**self.tensors, **(tensors or {})}, {**self.objects, **(objects or {})})
 
     def repeat_interleave(self, times: int) -> DataProto:
         """Each row `times` times, copies side by side."""
@@ -108,12 +99,13 @@ class DataProto:
         """The rows of all parts, in order; all must have the same columns."""
         if not parts:
             raise ValueError("nothing to concatenate")
-        columns = set(parts[0].tensors.keys()) | set(parts[0].objects)
+        columns = {*parts[0].tensors, *parts[0].objects}
         for part in parts[1:]:
-            if set(part.tensors.keys()) | set(part.objects) != columns:
-                raise ValueError(f"parts have different columns: {sorted(columns)} and {sorted(part.tensors.keys())}")
+            if (others := {*part.tensors, *part.objects}) != columns:
+                raise ValueError(f"parts have different columns: {sorted(columns)} and {sorted(others)}")
+        tensors = {name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors}
         objects = {name: np.concatenate([part.objects[name] for part in parts]) for name in parts[0].objects}
-        return DataProto(torch.cat([part.tensors for part in parts]), objects)
+        return DataProto(tensors, objects)
 
 
 def object_array(values: Sequence[Any]) -> np.ndarray:

@@ -179,7 +179,7 @@ def test_the_estimators_see_the_same_divergence(model, batch):
 
 
 def without_old(batch, rollout=None):
-    columns = [name for name in (*batch.tensors.keys(), *batch.objects) if name != "old_log_probs"]
+    columns = [name for name in (*batch.tensors, *batch.objects) if name != "old_log_probs"]
     return batch.select(columns).with_columns({"rollout_log_probs": rollout} if rollout is not None else {})
 
 

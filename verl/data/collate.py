@@ -57,7 +57,7 @@ def join_responses(prompts: DataProto, rollout: DataProto, num_responses: int = 
         prompts: B rows as the collator makes them.
         rollout: B x num_responses rows with `responses`, `response_mask` and `rollout_log_probs`, in order.
     """
-    return whole_sequences(prompts.repeat_interleave(num_responses).with_columns(dict(rollout.tensors.items())))
+    return whole_sequences(prompts.repeat_interleave(num_responses).with_columns(rollout.tensors))
 
 
 def whole_sequences(rows: DataProto) -> DataProto:

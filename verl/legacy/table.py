@@ -186,11 +186,6 @@ def _offload(role: str, old: Old) -> Changes:
     return {f"worker.{role}.fsdp.offload": "always" if always else "between_phases" if parked else "none"}
 
 
-def _shard_size(role: str, old: Old) -> Changes:
-    size = old[f"worker.{role}.fsdp.fsdp_size"]
-    return {} if size == -1 else {f"worker.{role}.fsdp.shard_size": size}
-
-
 def _fsdp(role: str) -> list[Rule]:
     where = f"worker.{role}.fsdp"
     precise = {"bf16": "auto", "bfloat16": "auto", "fp32": "float32", "float32": "float32"}
@@ -208,7 +203,7 @@ def _fsdp(role: str) -> list[Rule]:
         no_effect(f"{where}.enable_rank0_init", True, "rank 0 reads the weights and gives the others their shards"),
         no_effect(f"{where}.use_orig_params", False, "FSDP2 always does"),
         no_effect(f"{where}.torch_dtype", None, STORED),
-        Rule({f"{where}.fsdp_size": -1}, partial(_shard_size, role), "weights are sharded over a node"),
+        renamed(f"{where}.fsdp_size", f"{where}.shard_size", -1, lambda size: None if size == -1 else size),
         choice(f"{where}.mp_param_dtype", f"{where}.compute_dtype", "bf16", precise, "bf16 and fp32 are known"),
         only(f"{where}.mp_reduce_dtype", "fp32", ("fp32", "float32"), "gradients are reduced in float32"),
         no_effect(f"{where}.mp_buffer_dtype", "fp32", "buffers keep the model's own precision"),

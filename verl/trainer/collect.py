@@ -114,11 +114,11 @@ class Collector:
         if self.plan.requirements.baseline:
             greedy = responses.rows(slice(len(rows), None))
             rows = rows.with_columns({"baseline_scores": self._baseline(pending.prompts, greedy)})
-        return rows.with_columns(dict(responses.rows(slice(0, len(rows))).tensors.items()))
+        return rows.with_columns(responses.rows(slice(0, len(rows))).tensors)
 
     def _baseline(self, prompts: DataProto, greedy: DataProto) -> torch.Tensor:
         """[B] for each row of a step, the reward of its prompt's greedy response; NaN where that was not graded."""
-        inputs = reward_inputs(self.plan.vision, prompts.with_columns(dict(greedy.tensors.items())))
+        inputs = reward_inputs(self.plan.vision, prompts.with_columns(greedy.tensors))
         outcomes = self._graded(inputs)
         scores = overall_scores(self.config, outcomes, greedy["response_mask"])
         scores = scores.masked_fill(~graded(outcomes), float("nan"))
@@ -218,7 +218,7 @@ def add_views(plan: Plan, prompts: DataProto, epoch: int) -> DataProto:
     rows = prompts.repeat_interleave(copies)
     for view in plan.requirements.views:
         rows = add_view(rows, view, plan.config.algorithm.views[view], plan.vision, seed, epoch, copies)
-    return rows.select([c for c in (*rows.tensors.keys(), *rows.objects) if c not in ("images", "view_images")])
+    return rows.select([c for c in (*rows.tensors, *rows.objects) if c not in ("images", "view_images")])
 
 
 def reward_inputs(vision: VisionProcessor, batch: DataProto) -> list[RewardInput]:

@@ -141,7 +141,7 @@ def add_advantages(
     A response that could not be graded stays as a row without response tokens: no mean, spread, loss term or
     denominator counts it, as if it had not been generated. One whose baseline could not be graded goes with it.
     """
-    algorithm, columns, metrics = plan.config.algorithm, dict(batch.tensors.items()), {}
+    algorithm, columns, metrics = plan.config.algorithm, {**batch.tensors}, {}
     kept = graded(outcomes)
     if "baseline_scores" in columns:
         kept = kept & columns["baseline_scores"].isfinite()

@@ -75,7 +75,7 @@ class Validation:
         sampling = validation_sampling(config.worker.rollout, config.data.max_response_length, list(prompts["uid"]))
         responses = workers.rollout.result(workers.rollout.generate(prompts, sampling))
         batch = prompts.select(["uid", "problem", "answer", "prompt_ids"]).repeat_interleave(sampling[0].n)
-        batch = batch.with_columns(dict(responses.tensors.items()))
+        batch = batch.with_columns(responses.tensors)
         inputs = reward_inputs(self.plan.vision, batch)
         return batch, inputs, workers.reward.result(workers.reward.start(inputs))
 

@@ -262,7 +262,7 @@ class CriticWorker(ModelWorker):
 
     def update_critic(self, columns: DataProto) -> MetricBag:
         """All updates of one step on this rank's rows; returns its metrics."""
-        rows = self.rows.with_columns(dict(columns.tensors.items()))
+        rows = self.rows.with_columns(columns.tensors)
         keys = ("max_tokens_per_micro_batch", "enable_gradient_checkpointing", "fsdp.reshard_after_forward")
         self.take_back()
         with explain_oom("the critic's update", self.settings(*(f"worker.critic.{key}" for key in keys))):
@@ -315,7 +315,7 @@ class ActorWorker(PolicyWorker):
 
     def update_policy(self, columns: DataProto, coefs: dict[str, float]) -> MetricBag:
         """All updates of one step on this rank's rows; returns its metrics."""
-        rows = self.rows.with_columns(dict(columns.tensors.items()))
+        rows = self.rows.with_columns(columns.tensors)
         keys = (
             "max_tokens_per_micro_batch",
             "logits_chunk_size",

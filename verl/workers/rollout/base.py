@@ -173,7 +173,7 @@ def in_order(
     """
     longest = max(part["responses"].shape[1] for part in parts)
     columns = {}
-    for name in parts[0].tensors.keys():
+    for name in parts[0].tensors:
         pieces = [part[name] for part in parts]
         if pieces[0].dim() == 2:
             value = pad if name == "responses" else 0

@@ -102,7 +102,7 @@ class DataParallelActor:
 
     def _count(self, mini_batch: DataProto) -> dict[str, Denominators]:
         """The denominators of each term: its tokens and sequences in the mini-batch over all ranks."""
-        columns = dict(mini_batch.tensors.items())
+        columns = mini_batch.tensors
         counted = [mini_batch["response_mask"].sum(-1), *(term.counted(columns) for term in self.terms)]
         counts = torch.stack([Denominators.count(count) for count in counted])
         counts = counts.to(self.device)
