@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from omegaconf import MISSING
-from PIL import Image
 
 from papo.corruption.patches import ShareConfig, blacken, lowest
 from verl.config.option import option
 from verl.data.views import image_view
 
-if TYPE_CHECKING:  # transformers is imported where a model is loaded, and only then
+if TYPE_CHECKING:  # PIL and transformers are imported where they are used
+    from PIL import Image
     from transformers import Dinov2Model
 
 # ImageNet's, with which every DINOv2 was trained.
@@ -75,6 +75,8 @@ def load_dino(model_path: str, last_layer: int) -> Dinov2Model:
 @torch.no_grad()
 def saliency(image: Image.Image, model: Dinov2Model, layers: list[int], max_patches: int) -> np.ndarray:
     """Attention that each patch receives from all other patches, [rows, columns]: mean over heads and `layers`."""
+    from PIL import Image
+
     size = model.config.patch_size
     scale = min(1.0, size * math.sqrt(max_patches / (image.width * image.height)))
     rows, columns = (max(1, math.floor(scale * side / size)) for side in (image.height, image.width))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageColor
 
 from verl.config.algorithm import ViewConfig
 from verl.config.option import option
 from verl.data.views import image_view
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass
@@ -23,6 +26,8 @@ class GaussianNoiseConfig(ViewConfig):
 @image_view("gaussian_noise", GaussianNoiseConfig)
 def gaussian_noise(image: Image.Image, rng: np.random.Generator, config: GaussianNoiseConfig) -> Image.Image:
     """The RGB `image` with noise of its own on every value, clipped to what a picture can hold."""
+    from PIL import Image
+
     pixels = np.array(image) + 255 * config.std * rng.standard_normal((image.height, image.width, 3))
     return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
@@ -35,6 +40,8 @@ class BlankConfig(ViewConfig):
     color: str = option("black", "name as in CSS, or '#rrggbb'")
 
     def check(self, key: str) -> None:
+        from PIL import ImageColor
+
         try:
             ImageColor.getcolor(self.color, "RGB")
         except ValueError as error:
@@ -44,6 +51,8 @@ class BlankConfig(ViewConfig):
 @image_view("blank", BlankConfig)
 def blank(image: Image.Image, rng: np.random.Generator, config: BlankConfig) -> Image.Image:
     """A picture of the size of `image` in one colour."""
+    from PIL import Image, ImageColor
+
     return Image.new("RGB", image.size, ImageColor.getcolor(config.color, "RGB"))
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from verl.config.algorithm import ViewConfig
 from verl.config.option import option
 from verl.data.views import image_view
+
+if TYPE_CHECKING:  # PIL is imported where a picture is made: a run of scripts/gpu_check.py needs none
+    from PIL import Image
 
 
 @dataclass
@@ -54,6 +57,8 @@ def blacken(image: Image.Image, black: np.ndarray, row_of: np.ndarray, column_of
     Args:
         row_of: [height], the row of `black` that each line of pixels belongs to; `column_of` [width] likewise.
     """
+    from PIL import Image
+
     pixels = np.array(image)
     pixels[black[row_of[:, None], column_of]] = 0
     return Image.fromarray(pixels)
@@ -119,6 +124,8 @@ class BlockConfig(ShareConfig):
 @image_view("block", BlockConfig)
 def block(image: Image.Image, rng: np.random.Generator, config: BlockConfig) -> Image.Image:
     """The RGB `image` with one rectangle black, `prob` of the area to within half a row or column of pixels."""
+    from PIL import Image
+
     if config.prob == 0:
         return image
     pixels = np.array(image)

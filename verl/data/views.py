@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from verl.columns import view_column
 from verl.config.algorithm import ViewConfig, ViewPer, ViewStage
@@ -17,11 +16,13 @@ from verl.registry import Registry
 from verl.utils.rng import derive_seed
 
 if TYPE_CHECKING:  # a plugin that registers a view should not pay for importing transformers
+    from PIL import Image
+
     from verl.data.vision import VisionProcessor
     from verl.models.families.base import Images
 
 # (RGB image, random generator, options) -> RGB image of the same size
-ViewFunction = Callable[[Image.Image, np.random.Generator, Any], Image.Image]
+ViewFunction = Callable[["Image.Image", np.random.Generator, Any], "Image.Image"]
 
 VIEWS: Registry[ViewFunction] = Registry("view")
 VIEW_CONFIGS: Registry[type[ViewConfig]] = Registry("view")

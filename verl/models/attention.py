@@ -55,7 +55,7 @@ def segment_attention(
         return cache.attend(module.layer_idx, query, key, value, scaling), None
     if cache is not None:
         cache.add_prompts(module.layer_idx, key[0], value[0])
-    attend = _by_length if query.is_cuda else _by_bucket
+    attend = _by_length if has_varlen(query) else _by_bucket
     return attend(query[0], key[0], value[0], segments, scaling)[None], None
 
 
@@ -80,18 +80,24 @@ def window_attention(
     Returns:
         [1, S, H, D].
     """
-    if query.is_cuda:
+    if has_varlen(query):
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
         return varlen_attn(q, k, v, *(cu_seq_lens_q,) * 2, *(max_length_q,) * 2, scale=scaling)[None], None
     starts, lengths, found = cu_seq_lens_q[:-1], cu_seq_lens_q.diff(), []
-    places = [starts[lengths == length, None] + torch.arange(length) for length in lengths.unique().tolist()]
+    place = torch.arange(max_length_q, device=query.device)
+    places = [starts[lengths == length, None] + place[:length] for length in lengths.unique().tolist()]
     for rows in places:  # segments of one length at a time: [G, length]
         q, k, v = (tensor[0, :, rows].transpose(0, 1) for tensor in (query, key, value))
         found.append(F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
     order = torch.cat([rows.flatten() for rows in places]).argsort()
     return torch.cat(found)[order][None], None
+
+
+def has_varlen(query: torch.Tensor) -> bool:
+    """Whether torch has attention over variable lengths for this tensor: on GPUs, in 16 bits."""
+    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
 
 
 AttentionInterface.register(LANGUAGE, segment_attention)
@@ -101,7 +107,7 @@ AttentionInterface.register(VISION, window_attention)
 def _by_bucket(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float
 ) -> torch.Tensor:
-    """[T, H, D] by SDPA over equal shapes, where there is no attention over variable lengths."""
+    """[T, H, D] by SDPA over equal shapes, for want of attention over variable lengths: on CPU and in float32."""
     repeats = query.shape[0] // key.shape[0]
     key, value = (tensor.repeat_interleave(repeats, dim=0) if repeats > 1 else tensor for tensor in (key, value))
     found = []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import subprocess
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.config.trainer import Device, TrainerConfig
 from verl.config.worker import RolloutConfig
-from verl.utils.process import usable_cores
+from verl.utils.process import OLDEST_DRIVER, driver_gpus, usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +27,6 @@ ACTOR_SHARE, REFERENCE_SHARE, CRITIC_SHARE, ROLLOUT_SHARE = 0.3, 0.1, 0.3, 0.3
 PASSED_ON = ("VERL_PLUGINS", "PYTHONPATH", "GLOO_SOCKET_IFNAME", "TRANSFORMERS_OFFLINE")
 PASSED_ON += tuple(f"HF_{name}" for name in ("HOME", "HUB_CACHE", "HUB_OFFLINE", "DATASETS_CACHE", "ENDPOINT"))
 PASSED_ON_PREFIXES = ("VLLM_", "NCCL_", "PYTORCH_", "TORCH_")
-OLDEST_DRIVER = 580  # of CUDA 13, which torch 2.13 is built for
 
 
 @dataclass(frozen=True)
@@ -170,19 +167,6 @@ def cluster_gpus(nnodes: int, timeout_s: float) -> int:
         return int(ray.cluster_resources().get("GPU", 0))
     finally:
         ray.shutdown()
-
-
-def driver_gpus() -> list[str]:
-    """Name and driver version of the GPUs that the driver sees, whether or not torch can use them."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    query = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
-    except subprocess.TimeoutExpired:
-        return []
-    return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
 
 
 def plan_replicas(ranks: int, rollout: RolloutConfig) -> int:

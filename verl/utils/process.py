@@ -6,19 +6,35 @@ import ctypes
 import fcntl
 import logging
 import os
+import shutil
 import socket
 import struct
+import subprocess
 import sys
 import warnings
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # Set to 1 for a worker that has no use for plugins, transformers and torch.
 WITHOUT_MODEL = "VERL_WITHOUT_MODEL"
+OLDEST_DRIVER = 580  # of CUDA 13, which torch 2.13 is built for
 
 
 def usable_cores() -> int:
     """Cores that this process may run on, which in a container is often fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def driver_gpus() -> list[str]:
+    """Name and driver version of the GPUs that the driver sees, whether or not torch can use them."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    except subprocess.TimeoutExpired:
+        return []
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
 
 
 def start_logging(role: str) -> None:

@@ -9,8 +9,7 @@ import socket
 from collections.abc import Iterator
 
 from papo.tools.doctor.case import GIB, GPU, Case, Finding, error, in_gib, in_short, ok, warning
-from verl.single_controller.resources import OLDEST_DRIVER, driver_gpus
-from verl.utils.process import usable_cores
+from verl.utils.process import OLDEST_DRIVER, driver_gpus, usable_cores
 
 SHARED_MEMORY = "/dev/shm"
 SMALLEST_SHARED = GIB  # docker's default is 64 MiB

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from transformers import AutoModelForImageTextToText
 from transformers.image_utils import SizeDict
 
 from verl.models.families.base import Family, Images
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PIXELS, GRID = "pixel_values", "image_grid_thw"
 
@@ -105,6 +107,8 @@ class QwenVL(Family):
         return patches // image_processor.merge_size**2
 
     def resize(self, image_processor: Any, image: Image.Image) -> Image.Image:
+        from PIL import Image
+
         resized = image_processor.resize(
             torch.from_numpy(np.array(image)).permute(2, 0, 1),
             size=SizeDict(**dict(image_processor.size)),
