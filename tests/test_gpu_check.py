@@ -16,8 +16,6 @@ SCRIPTS = REPOSITORY / "scripts"
 # What a GPU machine need not have: everything but torch, transformers and packages of pure Python.
 ABSENT = ["ray", "vllm", "datasets", "pyarrow", "pandas", "PIL", "torchvision", "scipy", "sklearn", "torchdata", "peft"]
 ABSENT += ["mathruler", "wandb", "matplotlib"]
-    "ray vllm datasets pyarrow pandas PIL torchvision scipy sklearn torchdata peft mathruler wandb matplotlib".split()
-)
 
 
 @pytest.mark.run
