@@ -190,8 +190,8 @@ def _that_fits(lab: Lab, model: Qwen2_5_VLConfig, preset: str, longest: int) -> 
     memory = torch.cuda.get_device_properties(lab.device).total_memory if lab.full else 2**50
     for share in (1, 2, 4, 8):
         cut = copy.deepcopy(model)
-        text = cut.text_config
-        text.num_hidden_layers //= share
+        text, tower = cut.text_config, cut.vision_config
+        text.num_hidden_layers, tower.depth = text.num_hidden_layers // share, tower.depth // share
         text.layer_types = text.layer_types[: text.num_hidden_layers]
         for overrides in ((), (NARROW,), (NARROW, "worker.actor.max_tokens_per_micro_batch=4096")):
             config = compose(preset, longest, *overrides)
