@@ -403,6 +403,19 @@ def test_what_is_said_of_a_gpu(gpu, level, text, monkeypatch):
     assert finding.level == "error" and "this torch was built for sm_100" in finding.text
 
 
+def test_a_gpu_machine_without_a_compiler_or_python_headers(monkeypatch, tmp_path):
+    case = Case([GPU("H100", 80 * GIB, 79 * GIB, (9, 0))])
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(machine.shutil, "which", lambda program: None)
+    monkeypatch.setattr(machine.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    [finding] = machine.check_compiler(case)
+    assert finding.level == "error" and f"there is no C compiler and no {tmp_path}/Python.h" in finding.text
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CC", "clang")
+    assert [finding.level for finding in machine.check_compiler(case)] == ["ok"]
+    assert not [*machine.check_compiler(Case([]))]
+
+
 def test_few_open_files_and_the_text_that_people_read(tmp_path):
     """As a process of its own, under a real limit, by the way in that needs nothing but Python."""
     command = f"ulimit -n 1000 && exec {sys.executable} -m papo.tools.doctor"

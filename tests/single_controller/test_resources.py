@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from verl.config.worker import RolloutConfig
 from verl.single_controller import resources
 from verl.single_controller.resources import Layout, actor_options, plan_layout, wide_seats
 from verl.single_controller.rollout_group import choose_carrier
+from verl.utils import process
 
 
 @pytest.mark.parametrize(("cores", "ranks"), [(2, 2), (2, 1), (8, 2), (8, 3), (64, 8)])
@@ -111,3 +114,67 @@ def test_workers_get_settings_of_the_driver_and_no_secret(monkeypatch):
     resources.start_ray(plan_layout(TrainerConfig(n_gpus_per_node=1, device=Device.cpu), RolloutConfig()))
     passed_on = asked["runtime_env"]["env_vars"]
     assert passed_on["HF_HOME"] == passed_on["NCCL_DEBUG"] == "x" and "HF_TOKEN" not in passed_on
+
+
+def find_device(device: Device = Device.auto, nnodes: int = 1) -> str:
+    return resources.find_device(TrainerConfig(device=device, nnodes=nnodes))
+
+
+def test_gpus_that_the_driver_sees_and_torch_cannot_use_stop_a_run(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(resources, "driver_gpus", lambda: ["NVIDIA H100, 570.86"])
+    with pytest.raises(ValueError, match="the driver sees NVIDIA H100, 570.86, .* driver 580 or newer"):
+        find_device()
+    assert find_device(Device.cpu) == "cpu"
+    monkeypatch.setattr(resources, "driver_gpus", list)
+    assert find_device() == "cpu"
+
+
+def test_a_head_node_without_gpus_asks_the_cluster(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(resources, "driver_gpus", list)
+    asked = []
+    monkeypatch.setattr(resources, "cluster_gpus", lambda nnodes, timeout: asked.append(nnodes) or 16)
+    assert find_device(nnodes=2) == "cuda" and asked == [2]
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert find_device() == "cuda" and find_device(Device.cuda) == "cuda" and asked == [2, 1]
+    monkeypatch.setattr(resources, "cluster_gpus", lambda nnodes, timeout: 0)
+    assert find_device() == "cpu"
+
+
+def test_the_gpus_of_a_cluster_are_counted_when_its_nodes_are_there(monkeypatch):
+    joined = []
+    monkeypatch.setattr(resources, "join_cluster", joined.append)
+    monkeypatch.setattr(resources.ray, "nodes", lambda: [{"Alive": True}] * 2)
+    monkeypatch.setattr(resources.ray, "cluster_resources", lambda: {"GPU": 16.0})
+    monkeypatch.setattr(resources.ray, "shutdown", lambda: joined.append("left"))
+    assert resources.cluster_gpus(2, 1.0) == 16 and joined == [2, "left"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shared", "refused"),
+    [
+        ("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES", "1", False, True),
+        ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments: True", True, True),
+        ("PYTORCH_ALLOC_CONF", "expandable_segments:True", False, False),
+        ("PYTORCH_ALLOC_CONF", "max_split_size_mb:512", True, False),
+    ],
+)
+def test_settings_of_the_environment_that_break_workers_on_gpus(monkeypatch, name, value, shared, refused):
+    monkeypatch.setenv(name, value)
+    if refused:
+        with pytest.raises(ValueError, match=name):
+            resources.check_environment(shares_gpus=shared)
+    else:
+        resources.check_environment(shares_gpus=shared)
+
+
+def test_gloo_takes_the_interface_of_the_nodes_address(monkeypatch):
+    assert process.interface_of("127.0.0.1") == "lo" and process.interface_of("192.0.2.77") is None
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    process.prepare_gloo("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
+    process.prepare_gloo("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "mine"

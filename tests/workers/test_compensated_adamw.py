@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from verl.config.compose import compose_config
 from verl.config.option import check_options
 from verl.config.worker import OptimConfig, OptimStrategy
 from verl.workers.training.compensated_adamw import CompensatedAdamW
+from verl.workers.training.guarded_step import GuardedStep
 from verl.workers.training.optim import build_optimizer, weight_dtype
 
 BF16 = OptimConfig(strategy=OptimStrategy.adamw_bf16, lr=1e-6, weight_decay=0.01)
@@ -145,3 +147,17 @@ def test_the_strategy_says_what_weights_are_kept_in_and_refuses_float32_compute(
         check_options(compose_config("grpo", [*options, strategy]))
         with pytest.raises(ValueError, match=f"worker.{role}.optim.strategy=adamw_bf16 keeps weights in bfloat16"):
             check_options(compose_config("grpo", [*options, strategy, f"worker.{role}.fsdp.compute_dtype=float32"]))
+
+
+def test_gradients_of_bfloat16_weights_add_up_in_float32():
+    layer = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    optimizer = build_optimizer([*layer.parameters()], replace(BF16, lr=0.1))
+    step = GuardedStep("actor", layer, optimizer, None, 1.0, 3, torch.device("cpu"))
+    inputs = [256.0] + [1.0] * 40  # behind 256, bfloat16 has steps of 2
+    for value in inputs:
+        layer(torch.tensor([[value]], dtype=torch.bfloat16)).sum().backward()
+        step.widen_gradients()
+    assert layer.weight.grad.dtype == torch.float32 and layer.weight.grad.item() == sum(inputs)
+    before = layer.weight.item()
+    optimizer.step()
+    assert layer.weight.dtype == torch.bfloat16 and layer.weight.item() != before

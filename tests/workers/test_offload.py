@@ -121,6 +121,9 @@ def test_parked_between_phases_nothing_changes_and_nothing_stays_on_the_device(a
     assert all(torch.equal(saved[name], weight) for name, weight in plain["sent"].items())
     assert hybrid["norms"] == pytest.approx(plain["norms"], rel=1e-4)
     torch.testing.assert_close(hybrid["log_probs"], plain["log_probs"], atol=1e-4, rtol=0)
+    assert hybrid["checkpoint"].keys() == plain["checkpoint"].keys()
+    for name, value in plain["checkpoint"].items():  # each weight once, whichever of its copies wrote it
+        torch.testing.assert_close(hybrid["checkpoint"][name], value, atol=2e-3, rtol=0)
 
 
 def others(rank: int, assets: Path, *variants: list[str]) -> list[tuple[torch.Tensor, torch.Tensor, set[torch.dtype]]]:

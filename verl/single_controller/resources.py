@@ -213,7 +213,9 @@ def join_cluster(nnodes: int, **options: Any) -> None:
     except ConnectionError as error:
         raise ConnectionError(
             f"trainer.nnodes={nnodes} and RAY_ADDRESS={os.environ.get('RAY_ADDRESS', '')!r}: there is no Ray cluster "
-            "to join. Run `ray start --head --port=6379` on one node and `ray start --address=HEAD:6379` on the others"
+            "to join, or it asks for another token. Run `ray start --head --port=6379` on one node and `ray start "
+            "--address=HEAD:6379` on the others, each with the token of the first (its ~/.ray/auth_token, as that file "
+            "or as RAY_AUTH_TOKEN)"
         ) from error
 
 

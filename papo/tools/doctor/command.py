@@ -25,6 +25,7 @@ MACHINE = (
         "machine",
         (
             "machine:check_gpus",
+            "machine:check_compiler",
             "packages:check_engines",
             "machine:check_memory",
             "machine:check_shared_memory",

@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import socket
+import sysconfig
 from collections.abc import Iterator
 
 from papo.tools.doctor.case import GIB, GPU, Case, Finding, error, in_gib, in_short, ok, warning
@@ -89,13 +90,27 @@ def check_gpus(case: Case) -> Iterator[Finding]:
             yield ok(f"GPU {index}", text)
 
 
+def check_compiler(case: Case) -> Iterator[Finding]:
+    """Triton, with which torch and vLLM make kernels on GPUs, compiles a little C against Python."""
+    if case.imagined or not case.gpus:
+        return
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+    missing = [*([] if compiler else ["C compiler"]), *([] if os.path.exists(header) else [header])]
+    if missing:
+        text = f"there is no {' and no '.join(missing)}: kernels of Triton cannot be built"
+        yield error("compiler", text, "install gcc and Python's headers, as apt-get install gcc python3-dev does")
+    else:
+        yield ok("compiler", f"{compiler} and {header}")
+
+
 def check_ray(case: Case) -> Iterator[Finding]:
     """A cluster, where RAY_ADDRESS names one, has to answer."""
     address = os.environ.get("RAY_ADDRESS")
     if not address or address == "local":
         yield ok("ray", "each run starts its own; RAY_ADDRESS would name a running cluster")
         return
-    fix = "start it with `ray start --head`, or unset RAY_ADDRESS"
+    fix = "start it with `ray start --head`, give its ~/.ray/auth_token as RAY_AUTH_TOKEN, or unset RAY_ADDRESS"
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():
         try:
