@@ -106,10 +106,14 @@ def test_memory_is_freed_before_engines_fill_it_and_a_connection_lasts(cluster, 
     """On a GPU whatever a sync has left in the trainer's cache is memory that the engine does not find."""
     calls = []
     monkeypatch.setattr(cluster.rollout, "carrier", "collective")
-    for owner, names in ((cluster.actor, ("end_sending", "send_through")), (Receivers, ("start_one",))):
-        for name in names:
-            real = getattr(owner, name)
-            monkeypatch.setattr(owner, name, partial(recorded, calls, real, owner is Receivers))
+    for name in ("end_sending", "send_through"):
+        monkeypatch.setattr(cluster.actor, name, partial(recorded, calls, name, getattr(cluster.actor, name)))
+    start_one = Receivers.start_one
+
+    def start(receivers, index, method, *arguments):
+        recorded(calls, method.__name__, start_one, receivers, index, method, *arguments)
+
+    monkeypatch.setattr(Receivers, "start_one", start)
     cluster.rollout.sync_weights(cluster.actor)
     cluster.rollout.sync_weights(cluster.actor)
     order = [name for name in calls if name in ("finish_weights", "end_sending", "wake_cache")]
@@ -117,9 +121,9 @@ def test_memory_is_freed_before_engines_fill_it_and_a_connection_lasts(cluster, 
     assert order == each * 2 and calls.count("send_through") == 1
 
 
-def recorded(calls: list[str], real, unbound: bool, *arguments):
-    calls.append(arguments[2].__name__ if unbound else real.__name__)
-    return real(*arguments)
+def recorded(calls: list[str], name: str, function, *arguments):
+    calls.append(name)
+    return function(*arguments)
 
 
 def test_only_ranks_on_a_receivers_gpu_export_a_handle(cluster, monkeypatch):
