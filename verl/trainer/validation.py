@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
 
 from verl.data.thumbnails import thumbnails, views_to_show
 from verl.protocol import DataProto
+from verl.single_controller.rollout_group import Rollout
 from verl.tracking import Row, Trackers
 from verl.trainer.collect import reward_inputs
 from verl.trainer.plan import Plan
@@ -16,7 +18,7 @@ from verl.trainer.run_dir import RunDir
 from verl.trainer.step import samples
 from verl.trainer.workers import Workers
 from verl.workers.reward.base import Outcome, RewardInput, RewardScore
-from verl.workers.rollout.base import validation_sampling
+from verl.workers.rollout.base import SamplingParams, validation_sampling
 
 
 class Validation:
@@ -47,8 +49,7 @@ class Validation:
         copies = config.worker.rollout.val_override_config.n or config.worker.rollout.n
         self.workers.reward.begin(len(loader.dataset) * copies)
         try:
-            for prompts in tqdm(loader, desc="validating", unit="batch", leave=False):
-                batch, inputs, outcomes = self._answer(prompts)
+            for prompts, batch, inputs, outcomes in self._answers():
                 graded = zip(inputs, outcomes, strict=True)
                 scores += [(one["uid"].rpartition(":")[0], out.score) for one, out in graded if out.score is not None]
                 count += len(outcomes)
@@ -69,15 +70,29 @@ class Validation:
         failed = (count - len(scores)) / count
         return metrics | {"val/response_length_mean": length / count, "val/failed_frac": failed}
 
-    def _answer(self, prompts: DataProto) -> tuple[DataProto, list[RewardInput], list[Outcome]]:
-        """Responses to the prompts, side by side, and their grading."""
-        workers, config = self.workers, self.plan.config
+    def _answers(self) -> Iterator[tuple[DataProto, DataProto, list[RewardInput], list[Outcome]]]:
+        """Of each batch of prompts the responses, side by side, and their grading. While one is graded, the engines are
+        at the next one."""
+        waiting: list[tuple[DataProto, list[SamplingParams], Rollout]] = []
+        loader = self.plan.val_loader
+        for number, prompts in enumerate(tqdm(loader, desc="validating", unit="batch", leave=False), 1):
+            waiting.append(self._ask(prompts))
+            while len(waiting) > (number < len(loader)):
+                yield self._answer(*waiting.pop(0))
+
+    def _ask(self, prompts: DataProto) -> tuple[DataProto, list[SamplingParams], Rollout]:
+        config = self.plan.config
         sampling = validation_sampling(config.worker.rollout, config.data.max_response_length, list(prompts["uid"]))
-        responses = workers.rollout.result(workers.rollout.generate(prompts, sampling))
+        return prompts, sampling, self.workers.rollout.generate(prompts, sampling)
+
+    def _answer(
+        self, prompts: DataProto, sampling: list[SamplingParams], rollout: Rollout
+    ) -> tuple[DataProto, DataProto, list[RewardInput], list[Outcome]]:
+        responses = self.workers.rollout.result(rollout)
         batch = prompts.select(["uid", "problem", "answer", "prompt_ids"]).repeat_interleave(sampling[0].n)
         batch = batch.with_columns(responses.tensors)
         inputs = reward_inputs(self.plan.vision, batch)
-        return batch, inputs, workers.reward.result(workers.reward.start(inputs))
+        return prompts, batch, inputs, self.workers.reward.result(self.workers.reward.start(inputs))
 
     def _rows(
         self, prompts: DataProto, batch: DataProto, inputs: list[RewardInput], outcomes: list[Outcome], count: int

@@ -59,6 +59,7 @@ class ModelWorker:
         self.device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
         if device_type == "cuda":
             torch.cuda.set_device(self.device)
+            torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gives NaN under some masks (pytorch#196678)
         else:
             keep_freed_memory()
         torch.manual_seed(config.trainer.seed)
