@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
+import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -127,6 +132,44 @@ def test_entry_points_exist_and_parse(name):
     assert scripts
     for script in scripts:
         subprocess.run(["bash", "-n", REPOSITORY / script], check=True)
+
+
+@pytest.mark.run
+def test_the_installation_of_the_cpu_image_runs_on_what_was_copied_before_it_and_holds_afterwards(tmp_path):
+    """In a folder in place of /app. Packages come from the tests' own .venv: what is to be shown is not the download."""
+    app = tmp_path / "app"
+    app.mkdir()
+    subprocess.run([sys.executable, "-m", "venv", app / ".venv"], check=True)
+    site = Path(next((app / ".venv/lib").glob("python3.*"))) / "site-packages"
+    (site / "packages_of_the_tests.pth").write_text(sysconfig.get_path("purelib"))
+    environment = {**os.environ, "PATH": f"{app}/.venv/bin:{os.environ['PATH']}", "PYTHONPATH": ""}
+    steps = 0
+    for keyword, rest in stages()["cpu"]:
+        if keyword == "COPY":
+            *sources, target = [word for word in rest.split() if not word.startswith("--")]
+            for source in sources:
+                copy(REPOSITORY / source, app / target)
+        elif keyword == "RUN" and "install.sh" in rest:
+            words = re.sub(r"^(--\S+ )+", "", rest)
+            done = subprocess.run(["bash", "-c", words], cwd=app, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert "done in" in done.stdout
+            steps += 1
+    again = subprocess.run(["bash", "scripts/install.sh"], cwd=app, env=environment, capture_output=True, text=True)
+    assert steps == 1 and again.returncode == 0 and again.stdout == ""  # the copy of the rest changes nothing
+    found = [sys.executable, "-c", "import papo, verl; print(papo.__file__, verl.__file__)"]
+    found[0] = str(app / ".venv/bin/python")
+    where = subprocess.run(found, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    assert where.split() == [str(app / "papo/__init__.py"), str(app / "verl/__init__.py")]
+
+
+def copy(source: Path, target: Path) -> None:
+    """As COPY does: the content of a folder, or a file into a folder, without what .dockerignore keeps out."""
+    for path in [p for p in source.rglob("*") if p.is_file()] if source.is_dir() else [source]:
+        if not ignored(str(path.relative_to(REPOSITORY))):
+            name = path.relative_to(source) if source.is_dir() else path.name
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target / name)
 
 
 def test_versions_of_packages_are_written_in_setup_py_and_nowhere_else():

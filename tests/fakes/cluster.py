@@ -43,6 +43,7 @@ class Cluster:
     def weights(self) -> dict[str, torch.Tensor]:
         """The actor's weights, as they are sent."""
         self.actor.send_through("object_store")
+        self.rollout.connected = None  # the actor has let go of the carrier that was open
         found = {}
         for layout in self.actor.plan_weights():
             data = torch.from_numpy(ray.get(self.actor.send_bucket(layout)[0]).copy())
