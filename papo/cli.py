@@ -10,6 +10,7 @@ import sys
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from papo.evaluation.command import add_eval
 from papo.plugin import register
 from papo.tools.compare import add_compare
 from papo.tools.data_check.command import add_data
@@ -54,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     add_export(commands)
     add_data(commands)
     add_compare(commands)
+    add_eval(commands)
     return top
 
 

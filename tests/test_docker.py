@@ -136,7 +136,7 @@ def test_entry_points_exist_and_parse(name):
 
 @pytest.mark.run
 def test_the_installation_of_the_cpu_image_runs_on_what_was_copied_before_it_and_holds_afterwards(tmp_path):
-    """In a folder in place of /app. Packages come from the tests' own .venv: what is to be shown is not the download."""
+    """In a folder in place of /app. The packages come from the tests' own .venv, since the download proves nothing."""
     app = tmp_path / "app"
     app.mkdir()
     subprocess.run([sys.executable, "-m", "venv", app / ".venv"], check=True)

@@ -23,7 +23,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
-from papo.tools.compare import Comparison, Variant, percent  # noqa: E402
+from papo.evaluation.statistics import percent  # noqa: E402
+from papo.tools.compare import Comparison, Variant  # noqa: E402
 from verl.utils.files import atomic_path  # noqa: E402
 
 HERE = Path(__file__).resolve().parent

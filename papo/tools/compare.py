@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from papo.evaluation.statistics import mean_and_interval, percent
 from verl.config.compose import compose_config
 from verl.utils.files import atomic_path
 
@@ -203,16 +204,6 @@ def digest_of(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean and half the width of its 95 % interval, by Student's t; None for a single value."""
-    from scipy.stats import t as student
-
-    if len(values) < 2:
-        return float(np.mean(values)), None
-    error = np.std(values, ddof=1) / np.sqrt(len(values))
-    return float(np.mean(values)), float(student.ppf(0.975, len(values) - 1) * error)
-
-
 def table(rows: list[dict[str, Any]], metric: str) -> str:
     """A metric of all variants, in percent, as a Markdown table."""
     seeds = len(rows[0][metric]["values"])
@@ -223,11 +214,6 @@ def table(rows: list[dict[str, Any]], metric: str) -> str:
         by_seed = ", ".join(percent(value) for value in found["values"])
         lines.append(f"| {row['variant']} | {percent(found['mean'], found['interval'])} | {difference} | {by_seed} |")
     return "\n".join(lines)
-
-
-def percent(value: float, interval: float | None = None, sign: str = "") -> str:
-    """A share in percent, with its interval where there is one."""
-    return f"{100 * value:{sign}.1f}" + (f" ± {100 * interval:.1f}" if interval is not None else "")
 
 
 def draw(comparison: Comparison, metrics: Sequence[str], path: Path) -> None:

@@ -73,9 +73,14 @@ class PromptDataset(Dataset):
                 shares.append((source.weight, list(items)))
         return shares
 
-    def __getitem__(self, item: int) -> dict[str, Any]:
+    def uid(self, item: int) -> str:
+        """The name of an item: its file and row, and which copy of the row it is."""
         copy, place = divmod(item, len(self))
-        index = self.indices[place]
+        name, number = self.rows.origin(self.indices[place])
+        return f"{name}:{number}" + (f"#{copy}" if copy else "")
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        index = self.indices[item % len(self)]
         row = self.rows[index]
         try:
             images = self.rows.pictures(row)
@@ -95,9 +100,8 @@ class PromptDataset(Dataset):
                 "data.max_pixels, or drop such rows with data.filter_overlong_prompts=true"
             )
             raise ValueError(f"{self.rows.where(index)}: {too_long(length, self.config.max_prompt_length, way_out)}")
-        name, number = self.rows.origin(index)
         return {
-            "uid": f"{name}:{number}" + (f"#{copy}" if copy else ""),
+            "uid": self.uid(item),
             "problem": problem,
             "answer": str(row[self.config.answer_key]),
             "images": images,

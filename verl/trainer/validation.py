@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
@@ -19,6 +20,48 @@ from verl.trainer.step import samples
 from verl.trainer.workers import Workers
 from verl.workers.reward.base import Outcome, RewardInput, RewardScore
 from verl.workers.rollout.base import SamplingParams, validation_sampling
+
+
+@dataclass
+class Answers:
+    """Responses to a batch of prompts, those to one prompt side by side, and their grading.
+
+    Attributes:
+        batch: A row per response: `uid`, `problem`, `answer`, `prompt_ids` and what the engine gave.
+    """
+
+    prompts: DataProto
+    batch: DataProto
+    inputs: list[RewardInput]
+    outcomes: list[Outcome]
+
+
+def answers(plan: Plan, workers: Workers, batches: Iterable[DataProto]) -> Iterator[Answers]:
+    """The answers to each batch of prompts, sampled as in validation. While one is graded, the engines are at the
+    next."""
+    waiting: list[tuple[DataProto, list[SamplingParams], Rollout]] = []
+    for prompts in batches:
+        waiting.append(_ask(plan, workers, prompts))
+        if len(waiting) > 1:
+            yield _answer(plan, workers, *waiting.pop(0))
+    for last in waiting:
+        yield _answer(plan, workers, *last)
+
+
+def _ask(plan: Plan, workers: Workers, prompts: DataProto) -> tuple[DataProto, list[SamplingParams], Rollout]:
+    config = plan.config
+    sampling = validation_sampling(config.worker.rollout, config.data.max_response_length, list(prompts["uid"]))
+    return prompts, sampling, workers.rollout.generate(prompts, sampling)
+
+
+def _answer(
+    plan: Plan, workers: Workers, prompts: DataProto, sampling: list[SamplingParams], rollout: Rollout
+) -> Answers:
+    responses = workers.rollout.result(rollout)
+    batch = prompts.select(["uid", "problem", "answer", "prompt_ids"]).repeat_interleave(sampling[0].n)
+    batch = batch.with_columns(responses.tensors)
+    inputs = reward_inputs(plan.vision, batch)
+    return Answers(prompts, batch, inputs, workers.reward.result(workers.reward.start(inputs)))
 
 
 class Validation:
@@ -49,14 +92,13 @@ class Validation:
         copies = config.worker.rollout.val_override_config.n or config.worker.rollout.n
         self.workers.reward.begin(len(loader.dataset) * copies)
         try:
-            for prompts, batch, inputs, outcomes in self._answers():
-                graded = zip(inputs, outcomes, strict=True)
+            for found in answers(self.plan, self.workers, tqdm(loader, desc="validating", unit="batch", leave=False)):
+                graded = zip(found.inputs, found.outcomes, strict=True)
                 scores += [(one["uid"].rpartition(":")[0], out.score) for one, out in graded if out.score is not None]
-                count += len(outcomes)
-                length += int(batch["response_mask"].sum())
-                records = records or samples(batch, inputs, outcomes, config.trainer.samples_per_step)
-                first = batch.rows(slice(0, None, copies)), inputs[::copies], outcomes[::copies]
-                generations += self._rows(prompts, *first, self.shown - len(generations))
+                count += len(found.outcomes)
+                length += int(found.batch["response_mask"].sum())
+                records = records or samples(found.batch, found.inputs, found.outcomes, config.trainer.samples_per_step)
+                generations += self._rows(found, copies, self.shown - len(generations))
         finally:
             self.run_dir.add_failures(step, self.workers.reward.take_failures())
         self.run_dir.add_samples(step, "val", records)
@@ -70,36 +112,11 @@ class Validation:
         failed = (count - len(scores)) / count
         return metrics | {"val/response_length_mean": length / count, "val/failed_frac": failed}
 
-    def _answers(self) -> Iterator[tuple[DataProto, DataProto, list[RewardInput], list[Outcome]]]:
-        """Of each batch of prompts the responses, side by side, and their grading. While one is graded, the engines are
-        at the next one."""
-        waiting: list[tuple[DataProto, list[SamplingParams], Rollout]] = []
-        loader = self.plan.val_loader
-        for number, prompts in enumerate(tqdm(loader, desc="validating", unit="batch", leave=False), 1):
-            waiting.append(self._ask(prompts))
-            while len(waiting) > (number < len(loader)):
-                yield self._answer(*waiting.pop(0))
-
-    def _ask(self, prompts: DataProto) -> tuple[DataProto, list[SamplingParams], Rollout]:
-        config = self.plan.config
-        sampling = validation_sampling(config.worker.rollout, config.data.max_response_length, list(prompts["uid"]))
-        return prompts, sampling, self.workers.rollout.generate(prompts, sampling)
-
-    def _answer(
-        self, prompts: DataProto, sampling: list[SamplingParams], rollout: Rollout
-    ) -> tuple[DataProto, DataProto, list[RewardInput], list[Outcome]]:
-        responses = self.workers.rollout.result(rollout)
-        batch = prompts.select(["uid", "problem", "answer", "prompt_ids"]).repeat_interleave(sampling[0].n)
-        batch = batch.with_columns(responses.tensors)
-        inputs = reward_inputs(self.plan.vision, batch)
-        return prompts, batch, inputs, self.workers.reward.result(self.workers.reward.start(inputs))
-
-    def _rows(
-        self, prompts: DataProto, batch: DataProto, inputs: list[RewardInput], outcomes: list[Outcome], count: int
-    ) -> list[Row]:
-        """The first `count` responses, one to each of the `prompts`, as rows of a table with thumbnails."""
+    def _rows(self, found: Answers, copies: int, count: int) -> list[Row]:
+        """The first response to each of the first `count` prompts as rows of a table with thumbnails."""
         rows = []
-        for record, images in zip(samples(batch, inputs, outcomes, count), prompts["images"], strict=False):
+        first = found.batch.rows(slice(0, None, copies)), found.inputs[::copies], found.outcomes[::copies]
+        for record, images in zip(samples(*first, count), found.prompts["images"], strict=False):
             score = record.pop("score")
             seed = self.plan.config.trainer.seed
             pictures = thumbnails(record["uid"], images, self.views, self.plan.vision, seed)

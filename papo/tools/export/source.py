@@ -38,6 +38,11 @@ class Source:
     def huggingface(self) -> str:
         return os.path.join(self.actor, HUGGINGFACE)
 
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the run trained LoRA, as far as its settings say."""
+        return bool(self.config.get("worker", {}).get("actor", {}).get("model", {}).get("lora", {}).get("rank"))
+
     def weights(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """The weights, on CPU. Raises BrokenCheckpoint naming the file that is at fault."""
         from verl.checkpoint.tensors import load_full_model
