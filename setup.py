@@ -24,6 +24,7 @@ REQUIRES = [
     "numpy>=2.1,<3",
     "pillow>=11",
     "jinja2>=3.1,<4",
+    "httpx>=0.27,<1",
     "matplotlib>=3.9,<4",
     "scikit-learn>=1.6,<2",
     "scipy>=1.14,<2",

@@ -147,3 +147,7 @@ def convert_config(options: argparse.Namespace) -> None:
         raise ValueError(f"{' '.join(rest)}: a preset cannot hold these; give them to the run")
     sys.stdout.write(f"# Converted by: papo convert-config {' '.join([options.config, *options.overrides])}\n")
     sys.stdout.write(preset.to_yaml())
+
+
+if __name__ == "__main__":
+    main()

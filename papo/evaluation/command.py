@@ -34,6 +34,9 @@ def add_eval(commands: argparse._SubParsersAction) -> None:
         help="a Hugging Face folder or hub name, a run, a checkpoint (also EasyR1's), or NAME=one of these",
     )
     command.add_argument("--suite", default="digits", help="one of configs/suites, or a FILE.yaml (default: digits)")
+    command.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="with the sets' files, SET.parquet or .json, in place of the hub"
+    )
     command.add_argument("--n", type=int, default=8, help="answers to each question (default: %(default)s)")
     command.add_argument("--greedy", action="store_true", help="one answer, of the likeliest tokens")
     command.add_argument(
@@ -73,6 +76,7 @@ def evaluate(options: argparse.Namespace) -> None:
         views_of(options.views),
     )
     out = options.out / suite.name
+    suite = (suite.within(options.data) if options.data else suite).with_rows(out / "data")
     answers = {model.name: answer(model, suite, views, options, out) for model in models}
     summaries = {name: summarize(suite, list(views), found) for name, found in answers.items()}
     differences = compare(suite, answers)

@@ -21,6 +21,7 @@ from papo.evaluation.records import ORIGINAL, Records, record
 from papo.evaluation.suite import DataSet, config_of, naming, sampling_of
 from verl.config.algorithm import ViewStage
 from verl.config.config import Config
+from verl.config.keys import nearest
 from verl.data.rows import IMAGE_MARKER, PromptRows
 from verl.data.views import image_seeds, transform
 from verl.single_controller.resources import plan_layout, start_ray
@@ -34,6 +35,11 @@ logger = logging.getLogger(__name__)
 
 TRIES = 5
 GRADED_TOGETHER = 32  # questions
+
+
+def headers() -> dict[str, str]:
+    key = os.environ.get("OPENAI_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 class ServerError(ValueError):
@@ -54,6 +60,17 @@ class Server:
     model: str
     concurrency: int = 32
     timeout: float = 600.0
+
+    def check(self) -> None:
+        """Raise ServerError where nobody answers at the address, or the server lists its models and not this one."""
+        try:
+            answer = httpx.get(f"{self.url}/models", headers=headers(), timeout=min(self.timeout, 30))
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ServerError(f"--base-url {self.url} cannot be reached: {type(error).__name__} {error}") from error
+        if answer.status_code == 200:  # a service need not have such a list
+            names = [model["id"] for model in answer.json().get("data", [])]
+            if self.model not in names:
+                raise ServerError(f"--base-url {self.url} has no model '{self.model}': {nearest(self.model, names)}")
 
     async def ask(self, client: httpx.AsyncClient, content: list[dict[str, Any]], arguments: dict[str, Any]) -> dict:
         """The response to one message. Overload, errors of the server and broken connections are tried again, with
@@ -115,6 +132,7 @@ class ServerEvaluation:
         if not any(todo.values()):
             logger.info("every question has been answered: %s", self.records.path)
             return
+        self.server.check()
         layout = plan_layout(first.trainer, first.worker.rollout)
         try:
             start_ray(layout)
@@ -130,12 +148,10 @@ class ServerEvaluation:
 
     async def _answer(self, name: str, items: list[int], reward: RewardGroup) -> None:
         """Ask the questions, at most `concurrency` requests at one time, and grade and keep what has been answered."""
-        key = os.environ.get("OPENAI_API_KEY")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
         limits = httpx.Limits(max_connections=self.server.concurrency)
         # Of all questions only those that are asked or come next are in memory, with their images.
         self.requests, self.questions = (asyncio.Semaphore(self.server.concurrency) for _ in range(2))
-        async with httpx.AsyncClient(headers=headers, timeout=self.server.timeout, limits=limits) as self.client:
+        async with httpx.AsyncClient(headers=headers(), timeout=self.server.timeout, limits=limits) as self.client:
             tasks = [asyncio.create_task(self._question(name, item)) for item in items]
             waiting: list[tuple[str, int, RewardInput]] = []
             try:

@@ -15,19 +15,21 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from papo.evaluation.conversations import write_rows
 from verl.config.compose import CONFIG_DIR, compose_config
 from verl.config.config import Config
 from verl.config.keys import nearest
 from verl.workers.rollout.base import validation_sampling
 
 SUITES = Path(CONFIG_DIR) / "suites"
+ENDINGS = (".parquet", ".json", ".jsonl", ".arrow", "")  # "": a folder
 # As PAPO-Eval samples, sees and grades (github.com/xhguo7/PAPO-Eval). Its rule takes the content of the last box and
 # asks mathruler.
 PROTOCOLS: dict[str, dict[str, Any]] = {
@@ -59,6 +61,7 @@ class DataSet:
     data: str
     rows: int | None = None
     group: str | None = None
+    messages: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     def check_rows(self, found: int) -> None:
@@ -71,6 +74,30 @@ class DataSet:
 class Suite:
     name: str
     sets: tuple[DataSet, ...]
+
+    def within(self, folder: Path) -> Suite:
+        """The suite with the sets' files in `folder`, by their names, in place of where it finds them. Raises
+        FileNotFoundError naming one that is not there."""
+        found = []
+        for one in self.sets:
+            paths = [folder / f"{one.name}{ending}" for ending in ENDINGS if (folder / f"{one.name}{ending}").exists()]
+            if not paths:
+                names = ", ".join(f"{one.name}{ending}" for ending in ENDINGS if ending)
+                raise FileNotFoundError(f"set '{one.name}': there is none of {names} in --data {folder}")
+            found.append(replace(one, data=str(paths[0])))
+        return replace(self, sets=tuple(found))
+
+    def with_rows(self, folder: Path) -> Suite:
+        """The suite with conversations turned into rows of problems and answers, in files in `folder`."""
+        found = []
+        for one in self.sets:
+            if one.messages is not None:
+                path = folder / f"{one.name}.parquet"
+                with naming(one):
+                    write_rows(one.data, one.messages, path)
+                one = replace(one, data=str(path))
+            found.append(one)
+        return replace(self, sets=tuple(found))
 
     def groups(self) -> dict[str, list[str]]:
         """The names of the sets in each group, in order."""
@@ -146,9 +173,9 @@ def load_suite(reference: str) -> Suite:
 
 
 def _data_set(name: str, content: Any, shared: dict[str, Any], where: str) -> DataSet:
-    _only(content, where, required=("data",), optional=("rows", "group", "settings"))
+    _only(content, where, required=("data",), optional=("rows", "group", "messages", "settings"))
     settings = {**shared, **(content.get("settings") or {})}
-    return DataSet(str(name), content["data"], content.get("rows"), content.get("group"), settings)
+    return DataSet(str(name), **{**content, "settings": settings})
 
 
 def _only(content: Any, where: str, required: tuple[str, ...], optional: tuple[str, ...]) -> None:
