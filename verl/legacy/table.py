@@ -82,11 +82,8 @@ def _reward_kl(old: Old) -> Changes:
     where = "algorithm.reward_kl"
     changes = {f"{where}.coef": old["algorithm.kl_coef"], f"{where}.estimator": estimators[penalty]}
     if old["algorithm.kl_type"] != "fixed":
-        changes |= {
-            f"{where}.controller": old["algorithm.kl_type"],
-            f"{where}.horizon": int(old["algorithm.kl_horizon"]),
-            f"{where}.target": old["algorithm.kl_target"],
-        }
+        changes |= {f"{where}.controller": old["algorithm.kl_type"], f"{where}.target": old["algorithm.kl_target"]}
+        changes[f"{where}.horizon"] = int(old["algorithm.kl_horizon"])
     return changes
 
 
@@ -107,8 +104,7 @@ def _lora(old: Old) -> Changes:
         raise refusal(f"{LORA}.exclude_modules", excluded, f"name the layers that are trained in {LORA}.target_modules")
     if isinstance(targets, str) and "," in targets:
         targets = [name.strip() for name in targets.split(",")]
-    names = ("rank", "alpha")
-    return {**{f"{LORA}.{name}": old[f"{LORA}.{name}"] for name in names}, f"{LORA}.target_modules": targets}
+    return {f"{LORA}.target_modules": targets, **{key: old[key] for key in (f"{LORA}.rank", f"{LORA}.alpha")}}
 
 
 def _lora_differs(old: Old) -> str:
@@ -380,19 +376,14 @@ TRAINER = [
     renamed("trainer.save_best_checkpoint", "trainer.save_best", False, lambda best: "val/reward" if best else None),
     Rule(
         {"trainer.save_checkpoint_path": None},
-        lambda old: (
-            {"trainer.output_dir": old["trainer.save_checkpoint_path"]} if old["trainer.save_checkpoint_path"] else {}
-        ),
+        lambda old: {"trainer.output_dir": path} if (path := old["trainer.save_checkpoint_path"]) else {},
         "a run's folder is trainer.output_dir",
     ),
     Rule({"trainer.load_checkpoint_path": None, "trainer.find_last_checkpoint": True}, _resume),
-]
-
-OTHER = [
     no_effect("worker.hybrid_engine", True, "where engines run follows from the GPUs"),
 ]
 
-RULES = [*DATA, *ALGORITHM, *ACTOR, *_fsdp("actor"), *_fsdp("ref"), *ROLLOUT, *REWARD, *TRAINER, *OTHER]
+RULES = [*DATA, *ALGORITHM, *ACTOR, *_fsdp("actor"), *_fsdp("ref"), *ROLLOUT, *REWARD, *TRAINER]
 
 
 def register_rules(rules: Iterable[Rule]) -> None:
