@@ -163,10 +163,10 @@ class Evaluation:
         shares = share_rows(rows, 1, self.reference.size, [ORIGINAL_VIEW, *self.views])
         self.reference.take_rows([ray.put(rows.rows(share.rows)) for share in shares], shares)
         found = self.reference.compute_log_probs(ORIGINAL_VIEW, *self.views)
-        mask = rows["response_mask"]
+        kept = {view: rows["response_mask"] * rows[view_column(view, "rows")][:, None] for view in self.views}
         return {
             view: (k3(found["log_probs"], found[view_column(view, "log_probs")]) * mask).sum(dim=1).tolist()
-            for view in self.views
+            for view, mask in kept.items()  # 0 where a prompt has no image, and so no other view
         }
 
     def _draw(self, name: str, plan: Plan, prompts: DataProto) -> None:

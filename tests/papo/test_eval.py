@@ -177,8 +177,9 @@ def papo_eval(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def answers_in(folder: Path) -> dict[tuple, str]:
+    """By question, view and sample. A server keeps the bytes of a character back that is not whole at the end."""
     lines = records(folder / "samples.jsonl")
-    found = {(line["set"], line["view"], line["doc_id"], line["sample"]): line["resps"][0][0] for line in lines}
+    found = {(x["set"], x["view"], x["doc_id"], x["sample"]): x["resps"][0][0].rstrip("\ufffd") for x in lines}
     assert len(found) == len(lines)
     return found
 
@@ -272,8 +273,8 @@ def test_engines_and_a_server_give_the_same_greedy_answers(assets, suite, by_hf,
     expected = answers_in(by_hf[0] / "first")
     assert answers_in(tmp_path / "small" / "vllm") == expected
     assert answers_in(tmp_path / "small" / "tiny") == expected
-    wrong = papo_eval("tyni", *arguments, "--base-url", url)
-    assert wrong.returncode == 1 and "has no model 'tyni': did you mean tiny?" in wrong.stderr
+    wrong = papo_eval("tinny", *arguments, "--base-url", url)
+    assert wrong.returncode == 1 and "has no model 'tinny': did you mean tiny?" in wrong.stderr
     # The server dies: what it has answered by then is kept, and the last line says what has happened.
     path = tmp_path / "long" / "small" / "tiny" / "samples.jsonl"
     long = (
@@ -318,7 +319,7 @@ def test_what_is_wrong_stops_at_once_with_one_line_that_names_it(assets, suite, 
         (("tiny", "--suite", suite, "--base-url", url), f"--base-url {url} cannot be reached"),
         ((str(tmp_path / "nowhere" / "model"), "--suite", suite), "nowhere/model"),
         ((model, "--suite", suite, "--protocol", "train"), "--protocol train"),
-        ((model, "--suite", suite, "--views", "blnk"), "there is no view 'blnk': did you mean blank?"),
+        ((model, "--suite", suite, "--views", "blnk"), "there is no view 'blnk': did you mean blank or"),
         ((model, model, "--suite", suite), "two models are called"),
     ]
     for arguments, named in cases:
