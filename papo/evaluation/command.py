@@ -35,7 +35,7 @@ def add_eval(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument("--suite", default="digits", help="one of configs/suites, or a FILE.yaml (default: digits)")
     command.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="with the sets' files, SET.parquet or .json, in place of the hub"
+        "--data", type=Path, metavar="FOLDER", help="read sets from here that have a file in it, SET.parquet or .json"
     )
     command.add_argument("--n", type=int, default=8, help="answers to each question (default: %(default)s)")
     command.add_argument("--greedy", action="store_true", help="one answer, of the likeliest tokens")

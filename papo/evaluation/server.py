@@ -154,10 +154,13 @@ class ServerEvaluation:
         async with httpx.AsyncClient(headers=headers(), timeout=self.server.timeout, limits=limits) as self.client:
             tasks = [asyncio.create_task(self._question(name, item)) for item in items]
             waiting: list[tuple[str, int, RewardInput]] = []
+            tokens = 0
             try:
                 with tqdm(total=len(items), desc=name, unit="question") as bar:
                     for done in asyncio.as_completed(tasks):
-                        waiting += await done
+                        waiting += (found := await done)
+                        tokens += sum(given["response_length"] for _, _, given in found)
+                        bar.set_postfix(tokens=f"{tokens / bar.format_dict['elapsed']:.0f}/s", refresh=False)
                         bar.update()
                         last = bar.n == len(items)
                         if last or len(waiting) >= GRADED_TOGETHER * self.copies * (1 + len(self.views)):

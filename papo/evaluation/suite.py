@@ -58,7 +58,7 @@ class DataSet:
     """A data set of a suite; `settings` are config keys and their values, those of the suite included."""
 
     name: str
-    data: str
+    data: str | None
     rows: int | None = None
     group: str | None = None
     messages: str | None = None
@@ -76,21 +76,25 @@ class Suite:
     sets: tuple[DataSet, ...]
 
     def within(self, folder: Path) -> Suite:
-        """The suite with the sets' files in `folder`, by their names, in place of where it finds them. Raises
-        FileNotFoundError naming one that is not there."""
+        """The suite with those sets that have a file in `folder`, by their names, read from there. Raises
+        FileNotFoundError where none has."""
         found = []
         for one in self.sets:
-            paths = [folder / f"{one.name}{ending}" for ending in ENDINGS if (folder / f"{one.name}{ending}").exists()]
-            if not paths:
-                names = ", ".join(f"{one.name}{ending}" for ending in ENDINGS if ending)
-                raise FileNotFoundError(f"set '{one.name}': there is none of {names} in --data {folder}")
-            found.append(replace(one, data=str(paths[0])))
+            path = next(filter(Path.exists, (folder / f"{one.name}{ending}" for ending in ENDINGS)), None)
+            found.append(one if path is None else replace(one, data=str(path)))
+        if tuple(found) == self.sets:
+            wanted = ", ".join(f"{one.name}{ENDINGS[0]}" for one in self.sets)
+            raise FileNotFoundError(f"--data {folder} has no file of suite '{self.name}', such as {wanted}")
         return replace(self, sets=tuple(found))
 
     def with_rows(self, folder: Path) -> Suite:
         """The suite with conversations turned into rows of problems and answers, in files in `folder`."""
         found = []
         for one in self.sets:
+            if one.data is None:
+                raise ValueError(
+                    f"set '{one.name}': suite '{self.name}' does not say where it lies: give --data FOLDER"
+                )
             if one.messages is not None:
                 path = folder / f"{one.name}.parquet"
                 with naming(one):

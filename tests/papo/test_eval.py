@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -18,13 +19,14 @@ import yaml
 
 from papo.evaluation.command import views_of
 from papo.evaluation.conversations import question_of, write_rows
+from papo.evaluation.local import plan_of
 from papo.evaluation.records import Records
 from papo.evaluation.server import text_of
 from papo.evaluation.statistics import accuracy, paired
-from papo.evaluation.suite import SUITES, load_suite
+from papo.evaluation.suite import PROTOCOLS, SUITES, as_overrides, load_suite, sampling_of
 from tests.conftest import REPOSITORY
 from tests.fakes.rows import png, row, write_parquet
-from tests.fakes.runs import ENVIRONMENT, free_port, records, shared_cluster
+from tests.fakes.runs import ENVIRONMENT, free_port, records, shared_cluster, start
 from tests.fakes.warm import ray_uses_it, warm_python
 
 T4 = 2.7764451051977987  # the 97.5 % quantile of Student's t with 4 degrees of freedom
@@ -330,10 +332,70 @@ def test_what_is_wrong_stops_at_once_with_one_line_that_names_it(assets, suite, 
 
 
 def test_files_in_a_folder_stand_for_names_on_the_hub(tmp_path):
-    suite = load_suite("papo")
-    for one in suite.sets[:-1]:
-        (tmp_path / f"{one.name}.json").write_text("[]")
-    with pytest.raises(FileNotFoundError, match="set 'mathverse_vision': there is none of mathverse_vision.parquet"):
+    suite = load_suite("vppo")
+    with pytest.raises(FileNotFoundError, match=r"has no file of suite 'vppo', such as dynamath.parquet"):
         suite.within(tmp_path)
-    (tmp_path / "mathverse_vision.parquet").write_bytes(png())
-    assert suite.within(tmp_path).sets[0].data == str(tmp_path / "geometry3k.json")
+    (tmp_path / "geometry3k.json").write_text("[]")
+    found = {one.name: one.data for one in suite.within(tmp_path).sets}
+    assert found["geometry3k"] == str(tmp_path / "geometry3k.json") and found["mmk12"].startswith("PAPO-Galaxy/")
+    with pytest.raises(ValueError, match="set 'dynamath': .* give --data FOLDER"):
+        suite.within(tmp_path).with_rows(tmp_path)
+
+
+# Of each benchmark a question in its manner: several images, choices, percent, LaTeX, units.
+QUESTIONS = {
+    "geometry3k": ("<image>Find x. Put the final answer within \\boxed{}.", "5\\sqrt{2}", 1),
+    "mathvista": ("<image>How much of it is blue?", "25%", 1),
+    "we_math": ("<image><image>Which is larger?\nA. the first; B. the second; C. uncertain", "B", 2),
+    "mmk12": ("As <image> shows, what is the angle?", "60^\\circ", 1),
+    "mathverse": ("<image>Question: find the length.\nChoices:\nA:5 cm\nB:10 cm", "A", 1),
+    "logicvista": ("<image>Which come next? Select all.", "A, C", 1),
+    "clevr_count": ("<image>How many items are there?", "7", 1),
+    "mmmu_pro": ("<image>Answer the question in the picture.", "J", 1),
+    "mathverse_vision": ("<image>Find the area.", "\\frac{3}{4}\\pi", 1),
+}
+
+
+def test_the_papers_benchmarks_load_through_the_suite(assets, in_repository, tmp_path):
+    (tmp_path / "7.png").write_bytes(png())
+    for name, (problem, answer, images) in QUESTIONS.items():
+        turns = [{"role": "user", "content": problem}, {"role": "assistant", "content": answer}]
+        line = {"messages": turns, "images": [str(tmp_path / "7.png")] * images}
+        (tmp_path / f"{name}.json").write_text(json.dumps([line, line]))
+    suite = load_suite("papo").within(tmp_path).with_rows(tmp_path / "rows")
+    model = f"worker.actor.model.model_path='{assets / 'model'}'"
+    overrides = [*as_overrides(PROTOCOLS["papo-eval"]), model, "worker.rollout.name=hf"]
+    for one in suite.sets:
+        with pytest.raises(ValueError, match=rf"set '{one.name}': .* has 2 rows, and the suite expects {one.rows}"):
+            plan_of(one, overrides)
+        plan = plan_of(replace(one, rows=None), overrides)
+        (prompts,) = list(plan.val_loader)
+        problem, answer, images = QUESTIONS[one.name]
+        assert list(prompts["problem"]) == [problem] * 2 and list(prompts["answer"]) == [answer] * 2
+        assert [len(row) for row in prompts["mm_inputs"]] == [images] * 2
+        sampling = sampling_of(plan.config)
+        assert sampling == {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "max_tokens": 2048}
+        assert plan.config.data.min_pixels == 1024 and plan.config.data.max_pixels == 589824
+
+
+@pytest.mark.run
+def test_a_run_and_its_checkpoint_are_models_and_keep_how_they_validated(assets, suite, tmp_path):
+    run = tmp_path / "run"
+    settings = ["trainer.val_freq=0", "trainer.val_before_train=false", "worker.rollout.val_override_config.top_k=7"]
+    done = start(assets, run, *settings, "trainer.n_gpus_per_node=1", "trainer.save_model=false")
+    assert done.returncode == 0, done.stderr[-4000:]
+    validated = json.loads((run / "summary.json").read_text())["val_accuracy_after"]
+    arguments = ("--suite", suite, "--n", "4", "--protocol", "train", "--engine", "hf", "--out", str(tmp_path / "out"))
+    done = papo_eval(f"run={run}", f"checkpoint={run}/checkpoints/global_step_2/actor", *arguments)
+    assert done.returncode == 0, done.stderr[-4000:]
+    out = tmp_path / "out" / "small"
+    lines = records(out / "run" / "samples.jsonl")
+    assert lines[0]["arguments"] == {"temperature": 1.0, "top_p": 1.0, "top_k": 7, "max_tokens": 24}
+    assert answers_in(out / "run") == answers_in(out / "checkpoint")
+    summary = json.loads((out / "run" / "summary.json").read_text())
+    assert summary["sets"]["digits"]["views"]["original"]["accuracy"] == pytest.approx(validated)
+    # The same seeds, and so the very answers of the run's own validation.
+    validation = [
+        line["response"].rstrip("\ufffd") for line in records(run / "samples.jsonl") if line["split"] == "val"
+    ]
+    assert validation and set(validation) <= set(answers_in(out / "run").values())
