@@ -169,6 +169,7 @@ class ServerEvaluation:
             except BaseException:
                 for task in tasks:
                     task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
                 self._keep(name, waiting, reward)
                 raise
 
