@@ -30,6 +30,7 @@ from verl.single_controller.worker_group import ReferenceGroup
 from verl.trainer.plan import Plan, make_plan
 from verl.trainer.validation import Answers, answers
 from verl.trainer.workers import Workers
+from verl.utils.files import atomic_path
 from verl.workers.training.balance import share_rows
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ class Evaluation:
         workers = Workers(None, None, None, self.rollout, reward)
         asked: list[tuple[str, DataProto]] = []
         found: dict[str, Answers] = {}
+        tokens = 0
         with tqdm(total=len(items), desc=name, unit="question") as bar:
             for answer in answers(plan, workers, self._batches(plan, items, asked)):
                 view, prompts = asked.pop(0)
@@ -111,8 +113,8 @@ class Evaluation:
                 self.records.add(self._lines(name, plan, prompts, found))
                 self._draw(name, plan, prompts)
                 bar.update(len(prompts))
-                tokens = sum(int(one.batch["response_mask"].sum()) for one in found.values())
-                bar.set_postfix(tokens=f"{tokens / max(bar.format_dict['elapsed'], 1e-9):.0f}/s", refresh=False)
+                tokens += sum(int(one.batch["response_mask"].sum()) for one in found.values())
+                bar.set_postfix(tokens=f"{tokens / bar.format_dict['elapsed']:.0f}/s", refresh=False)
                 found = {}
         ray.kill(reward.worker)
 
@@ -174,12 +176,12 @@ class Evaluation:
         views = {view: plan.config.algorithm.views[view] for view in self.views}
         for uid, images in zip(prompts["uid"], prompts["images"], strict=True):
             number = uid.rpartition(":")[2]
-            if (self.pictures / name / f"{number}.image.webp").exists():
+            paths = {view: self.pictures / name / f"{number}.{view}.webp" for view in ("image", *views)}
+            if all(path.exists() for path in paths.values()):
                 continue
             for view, picture in thumbnails(uid, images, views, plan.vision, plan.config.trainer.seed).items():
-                path = self.pictures / name / f"{number}.{view}.webp"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                picture.save(path)
+                with atomic_path(str(paths[view])) as temporary:
+                    picture.save(temporary, format="WEBP")
 
 
 def _longest(config: Config) -> int:
