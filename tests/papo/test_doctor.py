@@ -269,7 +269,7 @@ def test_a_name_that_is_neither_a_folder_nor_on_the_hub(run_of):
 
 
 def test_a_term_that_trains_nothing_is_a_warning(run_of):
-    code, report = run_of("algorithm.views.masked.grad=false")
+    code, report = run_of("algorithm.terms.masked_entropy.coef=0.01")
     assert code == 0 and ["masked_entropy" in finding["text"] for finding in bad(report, "warning")] == [True]
 
 

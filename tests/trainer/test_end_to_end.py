@@ -36,7 +36,7 @@ def test_a_run_leaves_everything_it_promises(finished):
     assert {"val_accuracy_before", "val_accuracy_after", "steps", "seconds", "seed"} <= set(summary)
     assert summary["steps"] == 2 and summary["seed"] == 1
     assert "4 prompts x 3 responses = 12 responses" in log and "Traceback" not in log
-    assert "passes before the updates: old log-probs, log-probs of view 'masked' (no gradient)" in log
+    assert "old log-probs, reference log-probs, log-probs of view 'masked' (no gradient)" in log
 
 
 def test_tensorboard_has_the_metrics_and_the_pictures_of_each_validation(finished):
