@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line. A sub-command is one function here that adds it, and the function that it runs."""
     top = argparse.ArgumentParser(prog="papo", description=__doc__.split("\n")[0])
     commands = top.add_subparsers(required=True, metavar="COMMAND")
+    add_train(commands)
     add_mask(commands)
     add_convert_config(commands)
     add_keys(commands)
@@ -57,6 +58,23 @@ def parser() -> argparse.ArgumentParser:
     add_compare(commands)
     add_eval(commands)
     return top
+
+
+def add_train(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser("train", help="train from a preset: papo train NAME key=value ...")
+    command.description = (
+        "The short form of `python -m verl.trainer.main --config-name NAME ...`, with all that it takes."
+    )
+    command.add_argument("preset", metavar="NAME")
+    command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="key=value, --dry-run, ...")
+    command.set_defaults(run=train)
+
+
+def train(options: argparse.Namespace) -> None:
+    """Train as the trainer's own command does."""
+    from verl.trainer.main import main as trainer
+
+    trainer(["--config-name", options.preset, *options.arguments])
 
 
 def add_mask(commands: argparse._SubParsersAction) -> None:

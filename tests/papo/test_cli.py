@@ -76,3 +76,10 @@ def test_a_file_that_is_no_picture_and_a_flag_that_is_none(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["mask", str(tmp_path / "a.png"), "--bogus"])
     assert "unknown: --bogus" in capsys.readouterr().err
+
+
+def test_train_is_the_trainers_own_command(in_repository, capsys):
+    main(["train", "quickstart", "trainer.max_steps=3", "--print-config"])
+    assert "max_steps: 3" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="there is no preset 'quikstart'"):
+        main(["train", "quikstart"])
