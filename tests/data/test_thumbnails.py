@@ -19,7 +19,7 @@ from verl.data.thumbnails import GAP, LONGEST_SIDE, side_by_side, thumbnails, vi
 from verl.data.views import change_images, image_seeds
 from verl.data.vision import VisionProcessor
 from verl.protocol import DataProto
-from verl.trainer.validation import Validation
+from verl.trainer.validation import Answers, Validation
 from verl.workers.reward.base import Outcome
 
 
@@ -64,8 +64,9 @@ def test_rows_for_a_table_have_texts_scores_and_pictures_where_there_are_some(vi
     outcomes = [Outcome({"overall": i / 2, "accuracy": 1.0}, None, 0.0) for i in range(3)]
     validation = object.__new__(Validation)
     validation.plan, validation.views = SimpleNamespace(vision=vision, config=Config()), {"masked": RandomPatchConfig()}
-    rows = validation._rows(prompts, prompts, inputs, outcomes, count=2)
+    answers = Answers(prompts, prompts, inputs, outcomes)
+    rows = validation._rows(answers, copies=1, count=2)
     texts = {"uid": "a:1", "prompt": "p1", "response": "r1", "answer": "1"}
     assert rows[1] == {**texts, "score/overall": 0.5, "score/accuracy": 1.0} and len(rows) == 2
     assert set(rows[0]) - set(rows[1]) == {"image", "masked"}
-    assert validation._rows(prompts, prompts, inputs, outcomes, count=0) == []
+    assert validation._rows(answers, copies=1, count=0) == []
