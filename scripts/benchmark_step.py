@@ -10,6 +10,7 @@ the matrix-product rate of the same threads that the packed update reaches.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -108,6 +109,28 @@ def product_rate() -> float:
     return 2 * 2048 * 2048 * 1024 / seconds(lambda: one @ other, 5)
 
 
+def peak_memory(function: Callable[[], object]) -> int:
+    """MiB that a call takes at most, beside what there is before it; measured in a fork of this process."""
+    own, child = os.pipe()
+    if not (process := os.fork()):
+        with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
+            file.write("5")  # the peak begins anew
+        before = memory("VmRSS")
+        function()
+        os.write(child, str(memory("VmHWM") - before).encode())
+        os._exit(0)
+    os.waitpid(process, 0)
+    os.close(child)
+    with os.fdopen(own) as file:
+        return int(file.read())
+
+
+def memory(field: str) -> int:
+    """MiB of this process, as the kernel counts them."""
+    with open("/proc/self/status", encoding="utf-8") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field)) // 1024
+
+
 def operations(model: torch.nn.Module, run: Callable[[], object]) -> int:
     """Floating point operations of a call, counted by torch."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -125,7 +148,6 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    keep_freed_memory()  # as a worker does
     plain, inner = build(), build()
     use_segments(inner)
     policy = PolicyModel(inner, [], 1.0, CHUNK)
@@ -147,6 +169,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         ),
     }
     found: dict[str, float] = {"difference": difference}
+    slow, fast = (peak_memory(run) for run in times["update"])
+    found["memory"] = fast / slow
+    sys.stdout.write(f"memory   padded {slow} MiB, packed {fast} MiB: {fast / slow:.2f} of it, gradients included\n")
+    keep_freed_memory()  # as a worker does
     for name, (padded, packed) in times.items():
         slow, fast = seconds(padded, options.repeats), seconds(packed, options.repeats)
         found[name] = slow / fast

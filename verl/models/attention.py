@@ -108,19 +108,22 @@ def _by_bucket(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float
 ) -> torch.Tensor:
     """[T, H, D] by SDPA over equal shapes, for want of attention over variable lengths: on CPU and in float32."""
-    repeats = query.shape[0] // key.shape[0]
-    key, value = (tensor.repeat_interleave(repeats, dim=0) if repeats > 1 else tensor for tensor in (key, value))
+    heads, repeats = key.shape[0], query.shape[0] // key.shape[0]
     found = []
     for bucket in segments.buckets:
-        q, k, v = (tensor[:, bucket.prefixes].transpose(0, 1) for tensor in (query, key, value))  # [G, H, P, D]
-        found.append(
-            F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling).transpose(1, 2).flatten(0, 1)
-        )
+        q, k, v = (tensor[:, bucket.prefixes].transpose(0, 1) for tensor in (query, key, value))  # [G, ., P, D]
+        each_k, each_v = (tensor.repeat_interleave(repeats, dim=1) if repeats > 1 else tensor for tensor in (k, v))
+        prefix = F.scaled_dot_product_attention(q, each_k, each_v, is_causal=True, scale=scaling)
+        found.append(prefix.transpose(1, 2).flatten(0, 1))
         if not len(bucket.responses):
             continue
         own_q, own_k, own_v = (tensor[:, bucket.responses].transpose(0, 1) for tensor in (query, key, value))
         seen_k, seen_v = (torch.cat([p[bucket.owner], own], dim=2) for p, own in ((k, own_k), (v, own_v)))
-        answer = F.scaled_dot_product_attention(own_q, seen_k, seen_v, attn_mask=bucket.mask, scale=scaling)
+        # Heads that share keys stand behind each other as further queries, so that nothing is copied for them.
+        folded = own_q.unflatten(1, (heads, repeats)).flatten(2, 3)  # [M, K, repeats W, D]
+        mask = bucket.mask.repeat(repeats, 1)
+        answer = F.scaled_dot_product_attention(folded, seen_k, seen_v, attn_mask=mask, scale=scaling)
+        answer = answer.unflatten(2, (repeats, -1)).flatten(1, 2)
         found.append(answer.transpose(1, 2)[bucket.valid])
     return torch.cat(found)[segments.order]
 

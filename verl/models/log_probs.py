@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -26,9 +28,30 @@ def token_log_probs(
     Returns:
         [N] in nats.
     """
-    logits = logits.float() / temperature
-    logits = logits.index_fill(-1, banned, float("-inf"))
-    return logits.gather(-1, targets[:, None]).squeeze(-1) - torch.logsumexp(logits, dim=-1)
+    return _TokenLogProbs.apply(logits, targets, temperature, banned)
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """The gradient of log softmax(x)[target] by x is onehot(target) - softmax(x): two passes over the logits and one
+    copy of them, where autograd's own takes eight passes and three copies."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float, banned: torch.Tensor
+    ) -> torch.Tensor:
+        scaled = torch.div(logits.float(), temperature).index_fill_(-1, banned, float("-inf"))
+        normalizer = torch.logsumexp(scaled, dim=-1, keepdim=True)
+        ctx.save_for_backward(scaled, targets, normalizer)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        return (scaled.gather(-1, targets[:, None]) - normalizer).squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        scaled, targets, normalizer = ctx.saved_tensors
+        gradient = gradient[:, None] / ctx.temperature
+        found = (scaled - normalizer).exp_().mul_(-gradient)
+        return found.scatter_add_(-1, targets[:, None], gradient).to(ctx.dtype), None, None, None
 
 
 def chunked_log_probs(
