@@ -16,7 +16,7 @@ from verl.models import attention
 from verl.models.attention import segment_attention, use_segments, window_attention
 from verl.models.families.base import Images
 from verl.models.forward import model_inputs
-from verl.models.packing import Packed, pack
+from verl.models.packing import Packed, pack, take
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 6, 7], [5, 6, 7], [8], [5, 6, 7], [8], [9, 9]]
@@ -156,3 +156,25 @@ def test_a_tower_by_segments_gives_what_it_gives_by_sdpa(families):
         found = torch.cat(model.model.get_image_features(*arguments, return_dict=True).pooler_output)
         assert plain.abs().max() > 0 and model.config.vision_config._attn_implementation == attention.VISION
         torch.testing.assert_close(found, plain, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("places", [torch.arange(1024) % 7, torch.arange(1024).view(2, 512) % 7])
+def test_gradients_of_a_place_that_is_taken_often_add_up_in_one_order(places):
+    """With two threads indexing adds them in any order, and a run could not be repeated."""
+    tensor = torch.randn(3, 9, 64, requires_grad=True)
+    pull = torch.randn(3, *places.shape, 64)
+    found = set()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(50):
+            tensor.grad = None
+            taken = take(tensor, 1, places)
+            taken.backward(pull)
+            found.add(tensor.grad.numpy().tobytes())
+    finally:
+        torch.set_num_threads(1)
+    assert len(found) == 1 and torch.equal(taken, tensor[:, places])
+    by_hand = torch.zeros(3, 9, 64, dtype=torch.float64)
+    for place, one in zip(places.flatten(), pull.flatten(1, -2).double().transpose(0, 1), strict=True):
+        by_hand[:, place] += one
+    torch.testing.assert_close(tensor.grad.double(), by_hand, rtol=1e-4, atol=1e-4)

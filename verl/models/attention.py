@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from verl.models.cache import ResponseCache
-from verl.models.packing import Segments
+from verl.models.packing import Segments, take
 
 LANGUAGE = "segments"
 VISION = "flash_segments"  # transformers hands the segments of a tower only to a function with "flash" in its name
@@ -111,21 +111,21 @@ def _by_bucket(
     heads, repeats = key.shape[0], query.shape[0] // key.shape[0]
     found = []
     for bucket in segments.buckets:
-        q, k, v = (tensor[:, bucket.prefixes].transpose(0, 1) for tensor in (query, key, value))  # [G, ., P, D]
+        q, k, v = (take(each, 1, bucket.prefixes).transpose(0, 1) for each in (query, key, value))  # [G, ., P, D]
         each_k, each_v = (tensor.repeat_interleave(repeats, dim=1) if repeats > 1 else tensor for tensor in (k, v))
         prefix = F.scaled_dot_product_attention(q, each_k, each_v, is_causal=True, scale=scaling)
         found.append(prefix.transpose(1, 2).flatten(0, 1))
         if not len(bucket.responses):
             continue
-        own_q, own_k, own_v = (tensor[:, bucket.responses].transpose(0, 1) for tensor in (query, key, value))
-        seen_k, seen_v = (torch.cat([p[bucket.owner], own], dim=2) for p, own in ((k, own_k), (v, own_v)))
+        own_q, own_k, own_v = (take(each, 1, bucket.responses).transpose(0, 1) for each in (query, key, value))
+        seen_k, seen_v = (torch.cat([take(p, 0, bucket.owner), own], dim=2) for p, own in ((k, own_k), (v, own_v)))
         # Heads that share keys stand behind each other as further queries, so that nothing is copied for them.
         folded = own_q.unflatten(1, (heads, repeats)).flatten(2, 3)  # [M, K, repeats W, D]
         mask = bucket.mask.repeat(repeats, 1)
         answer = F.scaled_dot_product_attention(folded, seen_k, seen_v, attn_mask=mask, scale=scaling)
         answer = answer.unflatten(2, (repeats, -1)).flatten(1, 2)
         found.append(answer.transpose(1, 2)[bucket.valid])
-    return torch.cat(found)[segments.order]
+    return take(torch.cat(found), 0, segments.order)
 
 
 def _by_length(

@@ -96,6 +96,17 @@ class _Group:
     spans: list[tuple[int, int]] = field(default_factory=list)
 
 
+def take(tensor: torch.Tensor, dim: int, places: torch.Tensor) -> torch.Tensor:
+    """`tensor` at `places`, [N] or [N, M], of a dimension; a place may come several times.
+
+    The gradients of such a place are added up in the same order each time. Indexing sorts them for that on GPUs; on a
+    CPU with several threads it adds them as they come, and the same step gives other numbers.
+    """
+    if tensor.is_cuda:
+        return tensor[(slice(None),) * dim + (places,)]
+    return tensor.index_select(dim, places.flatten()).unflatten(dim, places.shape)
+
+
 PrefixKey = tuple[bytes, tuple[str, ...]]
 
 

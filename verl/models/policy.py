@@ -11,7 +11,7 @@ from torch import nn
 from verl.models.cache import ResponseCache
 from verl.models.families import family_of
 from verl.models.log_probs import chunked_entropy, chunked_kl, chunked_log_probs
-from verl.models.packing import Packed
+from verl.models.packing import Packed, take
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def response_states(
         segments=packed.segments,
         cache=cache,
     ).last_hidden_state
-    return hidden[0, packed.states], anchor
+    return take(hidden[0], 0, packed.states), anchor
 
 
 class PolicyModel(nn.Module):
