@@ -114,7 +114,8 @@ def table(rows: list[dict[str, Any]], differences: bool) -> str:
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Who copies and who looks: of the questions with a wrong hint, the share answered right and the share copied; a
     small dot for each seed."""
-    figure, axis = plt.subplots(figsize=(8.5, 0.5 * len(rows) + 1.4))
+    height = 0.5 * len(rows) + 1.7
+    figure, axis = plt.subplots(figsize=(8.5, height))
     for place, row in enumerate(rows):
         for metric, color, shift in ((RIGHT, "tab:green", 0.17), (COPIED, "tab:red", -0.17)):
             found = row[metric]
@@ -132,8 +133,8 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     axis.set_xlabel("% of the questions with a wrong hint")
     axis.set_title(title, fontsize=11)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9, loc="lower right")
-    figure.tight_layout()
+    figure.legend(frameon=False, fontsize=9, loc="lower center", ncol=2)
+    figure.tight_layout(rect=(0, 0.3 / height, 1, 1))  # above the legend, which would cover bars inside
     with atomic_path(str(path)) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
     plt.close(figure)
