@@ -134,6 +134,10 @@ def quoted(value: Any) -> str:
     """`value` as Hydra reads it on a command line."""
     if isinstance(value, str):
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    if isinstance(value, list):
+        return f"[{','.join(map(quoted, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{quoted(each)}' for key, each in value.items())}}}"
     return "null" if value is None else str(value).lower()
 
 

@@ -23,7 +23,7 @@ from papo.evaluation.local import plan_of
 from papo.evaluation.records import Records
 from papo.evaluation.server import text_of
 from papo.evaluation.statistics import accuracy, paired
-from papo.evaluation.suite import PROTOCOLS, SUITES, as_overrides, load_suite, sampling_of
+from papo.evaluation.suite import PROTOCOLS, SUITES, DataSet, as_overrides, config_of, load_suite, sampling_of
 from tests.conftest import REPOSITORY
 from tests.fakes.rows import png, row, write_parquet
 from tests.fakes.runs import ENVIRONMENT, free_port, records, shared_cluster, start
@@ -121,6 +121,13 @@ def test_conversations_become_rows(tmp_path):
     (tmp_path / "b.json").write_text(json.dumps(lines))
     with pytest.raises(ValueError, match=r"b.json', row 0, column 'messages': .* turns user, assistant, user"):
         write_rows(str(tmp_path / "b.json"), "messages", tmp_path / "b.parquet")
+
+
+def test_settings_reach_the_config_as_they_are(in_repository):
+    settings = {"data.image_key": "It's", "worker.rollout.engine_kwargs": {"a": [1, "B"]}, "data.shuffle": False}
+    config = config_of(DataSet("s", "a,b.parquet", settings=settings), ["worker.actor.model.model_path=m"])
+    assert config.data.val_files == "a,b.parquet" and config.data.image_key == "It's" and not config.data.shuffle
+    assert config.worker.rollout.engine_kwargs == {"a": [1, "B"]}
 
 
 def test_views_have_names():
