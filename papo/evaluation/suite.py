@@ -127,7 +127,12 @@ def config_of(data_set: DataSet, overrides: Sequence[str]) -> Config:
 
 
 def as_overrides(settings: dict[str, Any]) -> list[str]:
-    return [f"{key}={quoted(value)}" for key, value in settings.items()]
+    """Config keys and values as Hydra's overrides; a dict adds to the one that there is."""
+    return [
+        f"++{key}.{name}={quoted(each)}" if isinstance(value, dict) else f"{key}={quoted(value)}"
+        for key, value in settings.items()
+        for name, each in (value.items() if isinstance(value, dict) else [("", None)])
+    ]
 
 
 def quoted(value: Any) -> str:
@@ -136,8 +141,6 @@ def quoted(value: Any) -> str:
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     if isinstance(value, list):
         return f"[{','.join(map(quoted, value))}]"
-    if isinstance(value, dict):
-        return f"{{{','.join(f'{key}:{quoted(each)}' for key, each in value.items())}}}"
     return "null" if value is None else str(value).lower()
 
 
