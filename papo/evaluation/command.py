@@ -97,20 +97,26 @@ def answer(model: Model, suite: Suite, views: dict[str, str], options: argparse.
     overrides = [*protocol(model, options.protocol), *sampling(options)]
     overrides += [f"+view@algorithm.views.{name}={kind}" for name, kind in views.items()]
     overrides += [f"worker.rollout.name={options.engine}", *options.set]
-    settings = {"model": model.identity(), "overrides": overrides, "views": list(views), "server": options.base_url}
+    settings = {
+        "model": model.identity(),
+        "overrides": overrides,
+        "views": list(views),
+        "server": bool(options.base_url),
+    }
     settings["sets"] = [[one.name, one.data, one.settings] for one in suite.sets]
     if options.base_url:
         from papo.evaluation.server import Server, ServerEvaluation
 
         server = Server(options.base_url.rstrip("/"), model.path, options.concurrency, options.timeout)
+        evaluation = ServerEvaluation(server, suite.sets, overrides, list(views))
         records = Records(out / model.name, settings)
-        ServerEvaluation(server, suite.sets, overrides, list(views), records).run()
+        evaluation.run(records)
         return records
     from papo.evaluation.local import Evaluation, plan_of  # torch and transformers: seconds
 
     with model.folder(dtype_for_checkpoints()) as folder:
-        path = f"worker.actor.model.model_path='{folder}'"
-        plans = {one.name: plan_of(one, [*overrides, path]) for one in suite.sets}
+        path = as_overrides({"worker.actor.model.model_path": folder})
+        plans = {one.name: plan_of(one, [*overrides, *path]) for one in suite.sets}
         records = Records(out / model.name, settings)
         logger.info("%s: %d set(s), answers in %s", model.name, len(plans), os.path.relpath(records.path))
         Evaluation(plans, list(views), records, out / "images").run()

@@ -27,7 +27,7 @@ class Model:
     source: Source | None = None
 
     def identity(self) -> dict[str, Any]:
-        """What tells this model from one that stands at the same path later: its files' sizes and times."""
+        """Path, and its files' sizes and times, which another model at the same path later will not have."""
         top = self.source.actor if self.source else self.path
         files = sorted(entry.path for entry in os.scandir(top) if entry.is_file()) if os.path.isdir(top) else []
         stats = {os.path.basename(path): os.stat(path) for path in files}

@@ -17,8 +17,8 @@ from verl.utils.files import atomic_path
 
 
 def summarize(suite: Suite, views: Sequence[str], records: Records) -> dict[str, Any]:
-    """Of each set the accuracy under each view, what the image is worth (the accuracy with it less that under a view),
-    and the perception KL, nats per token; of each group, and of all, the mean over its sets."""
+    """Summary of a model: of each set the accuracy under each view, the vision gain (accuracy with the real image less
+    that under a view) and the perception KL, nats per token; of each group, and of all, the mean over its sets."""
     sets: dict[str, Any] = {}
     for name in (one.name for one in suite.sets):
         lines = [line for line in records.lines if line["set"] == name]
@@ -48,7 +48,7 @@ def summarize(suite: Suite, views: Sequence[str], records: Records) -> dict[str,
 
 
 def compare(suite: Suite, models: dict[str, Records]) -> dict[str, dict[str, Any]]:
-    """Of each further model and set the paired difference to the first model, on real images."""
+    """Paired difference, of each further model and set, to the first model, on real images."""
     first, *others = models
     return {
         other: {one.name: paired(models[other].scores(one.name), models[first].scores(one.name)) for one in suite.sets}

@@ -48,7 +48,7 @@ class ServerError(ValueError):
 
 @dataclass(frozen=True)
 class Server:
-    """Where a model answers.
+    """A model behind an address.
 
     Attributes:
         url: Up to and with `/v1`.
@@ -93,16 +93,14 @@ class Server:
 
 
 class ServerEvaluation:
-    """The model behind `server` on data sets; answers go to `records`. Raises ServerError.
+    """The model behind `server` on data sets. Raises ValueError or FileNotFoundError naming what is at fault.
 
     Args:
         views: Names of the views under which every question is asked once more.
     """
 
-    def __init__(
-        self, server: Server, sets: Sequence[DataSet], overrides: Sequence[str], views: Sequence[str], records: Records
-    ) -> None:
-        self.server, self.views, self.records = server, list(views), records
+    def __init__(self, server: Server, sets: Sequence[DataSet], overrides: Sequence[str], views: Sequence[str]) -> None:
+        self.server, self.views = server, list(views)
         self.configs: dict[str, Config] = {}
         self.rows: dict[str, PromptRows] = {}
         for one in sets:
@@ -120,13 +118,14 @@ class ServerEvaluation:
             if config.algorithm.views[view].stage == ViewStage.resized:
                 raise ValueError(f"--views {view}: only a server knows its sizes; set algorithm.views.{view}.stage=raw")
 
-    def run(self) -> None:
-        """Ask what has not been answered yet."""
+    def run(self, records: Records) -> None:
+        """Ask what `records` have no answer to yet. Raises ServerError."""
+        self.records = records
         first = next(iter(self.configs.values()))
         self.copies = first.worker.rollout.val_override_config.n or first.worker.rollout.n
         done = self.records.keep_whole(self.copies * (1 + len(self.views)))
         todo = {
-            name: [i for i in range(len(rows)) if uid_of(rows, i) not in done.get(name, ())]
+            name: [i for i in range(len(rows)) if rows.uid(i) not in done.get(name, ())]
             for name, rows in self.rows.items()
         }
         if not any(todo.values()):
@@ -177,7 +176,7 @@ class ServerEvaluation:
         """All answers to a question: (view, sample, what the reward reads)."""
         config, rows = self.configs[name], self.rows[name]
         async with self.questions:
-            row, uid = rows[item], uid_of(rows, item)
+            row, uid = rows[item], rows.uid(item)
             problem, contents = await asyncio.to_thread(self._contents, config, rows, row, uid)
 
             async def one(view: str, sample: int) -> tuple[str, int, RewardInput]:
@@ -214,11 +213,6 @@ class ServerEvaluation:
                 for (view, sample, given), outcome in zip(found, outcomes, strict=True)
             ]
             self.records.add(lines)
-
-
-def uid_of(rows: PromptRows, item: int) -> str:
-    name, number = rows.origin(item)
-    return f"{name}:{number}"
 
 
 def content_of(problem: str, images: list[Image.Image]) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ def accuracy(scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
         scores: By question the accuracies of its k answers, each from 0 to 1. One that could not be graded is left out;
             a question without any counts as wrong.
     """
-    values = [float(np.mean(found)) if found else 0.0 for found in scores.values()]
+    values = [_mean(found) for found in scores.values()]
     mean, interval = mean_and_interval(values)
     passed = float(np.mean([max(found, default=0.0) >= 1 for found in scores.values()]))
     return {"accuracy": mean, "interval": interval, "pass": passed, "questions": len(values)}

@@ -145,7 +145,7 @@ def quoted(value: Any) -> str:
 
 
 def sampling_of(config: Config) -> dict[str, Any]:
-    """How a validation samples, in the words of OpenAI's interface."""
+    """Sampling of a validation, in the words of OpenAI's interface."""
     (sampling,) = validation_sampling(config.worker.rollout, config.data.max_response_length, [""])
     return {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "max_tokens")}
 

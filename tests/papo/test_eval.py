@@ -265,7 +265,7 @@ def server(assets, tmp_path_factory):
                 break
         except httpx.HTTPError:
             time.sleep(0.5)
-    yield url, process
+    yield url, process, log
     process.kill()
     process.wait()
 
@@ -273,7 +273,7 @@ def server(assets, tmp_path_factory):
 @pytest.mark.run
 @pytest.mark.vllm
 def test_engines_and_a_server_give_the_same_greedy_answers(assets, suite, by_hf, server, tmp_path):
-    url, process = server
+    url, process, log = server
     arguments = ("--suite", suite, "--greedy", "--views", "blank", "--out", str(tmp_path))
     offline = papo_eval(f"vllm={assets / 'model'}", *arguments, "--engine", "vllm")
     assert offline.returncode == 0, offline.stderr[-4000:]
@@ -285,7 +285,6 @@ def test_engines_and_a_server_give_the_same_greedy_answers(assets, suite, by_hf,
     wrong = papo_eval("tinny", *arguments, "--base-url", url)
     assert wrong.returncode == 1 and "has no model 'tinny': did you mean tiny?" in wrong.stderr
     # The server dies: what it has answered by then is kept, and the last line says what has happened.
-    path = tmp_path / "long" / "small" / "tiny" / "samples.jsonl"
     long = (
         "tiny",
         "--suite",
@@ -299,10 +298,11 @@ def test_engines_and_a_server_give_the_same_greedy_answers(assets, suite, by_hf,
         "--out",
         str(tmp_path / "long"),
     )
+    before = log.read_text().count("POST ")
     asking = subprocess.Popen(words(*long), cwd=REPOSITORY, env=environment(), stderr=subprocess.PIPE, text=True)
-    while asking.poll() is None and not (path.parent / "settings.json").exists():
+    while log.read_text().count("POST ") == before:
+        assert asking.poll() is None, asking.stderr.read()
         time.sleep(0.05)
-    time.sleep(3)
     process.kill()
     said = asking.communicate(timeout=300)[1]
     assert asking.returncode == 1 and f"error: --base-url {url} " in said.splitlines()[-1], said[-3000:]

@@ -76,8 +76,7 @@ class PromptDataset(Dataset):
     def uid(self, item: int) -> str:
         """The name of an item: its file and row, and which copy of the row it is."""
         copy, place = divmod(item, len(self))
-        name, number = self.rows.origin(self.indices[place])
-        return f"{name}:{number}" + (f"#{copy}" if copy else "")
+        return self.rows.uid(self.indices[place]) + (f"#{copy}" if copy else "")
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         index = self.indices[item % len(self)]

@@ -63,6 +63,11 @@ class PromptRows:
         problem = row[self.config.prompt_key]
         return self.template.render(content=problem) if self.template else problem
 
+    def uid(self, index: int) -> str:
+        """The name of the row `index`: its file and place."""
+        name, number = self.origin(index)
+        return f"{name}:{number}"
+
     def where(self, index: int) -> str:
         """File and row of the row `index`, for errors."""
         name, number = self.origin(index)
