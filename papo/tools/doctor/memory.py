@@ -19,7 +19,7 @@ from verl.workers.rollout.base import EngineLoad, Term
 
 FLOAT = 4
 STEP_COPIES = 8  # float32 values per weight that a step of CompensatedAdamW holds, of one parameter at a time
-LOGIT_BYTES = {"sampled": 17, "exact": 30}  # per logit of a chunk: copies in compute dtype and float32, both directions
+LOGIT_BYTES = {"sampled": 10, "exact": 30}  # per logit of a chunk: copies in compute dtype and float32, both directions
 # What no arithmetic gives, each per process: CUDA context, NCCL and allocator; Python with torch and transformers.
 GPU_PROCESS, CPU_PROCESS = GIB, GIB * 3 // 4
 GENERATION = ("generation", "engine's GPUs")  # the phases in which an engine is awake
