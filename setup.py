@@ -26,6 +26,8 @@ REQUIRES = [
     "jinja2>=3.1,<4",
     "httpx>=0.27,<1",
     "matplotlib>=3.9,<4",
+    "plotly>=6,<8",
+    "cloudpickle>=3,<4",
     "scikit-learn>=1.6,<2",
     "scipy>=1.14,<2",
     "tqdm>=4.66,<5",
@@ -48,7 +50,7 @@ EXTRAS = {
     "flash-attn": ["flash-attn>=2.8.3,<3"],
     "test": [
         *("pytest>=8,<10", "pytest-xdist>=3.6,<4", "pytest-timeout>=2.3,<3", "hypothesis>=6.100,<7"),
-        *(*TENSORBOARD, *WANDB),
+        *(*TENSORBOARD, *WANDB, "playwright>=1.50,<2"),
     ],
     "dev": ["ruff>=0.9,<1", "pre-commit>=4,<5"],
 }
@@ -60,6 +62,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["verl", "verl.*", "papo", "papo.*"]),
+    package_data={"papo.report": ["page.*"]},
     install_requires=REQUIRES,
     extras_require=EXTRAS,
     entry_points={

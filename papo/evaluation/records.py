@@ -30,7 +30,7 @@ def record(
     line |= {"doc_id": int(number), "doc": {"problem": given["problem"], "file": os.path.basename(file)}}
     line |= {"target": given["ground_truth"], "arguments": arguments, "resps": [[given["response"]]]}
     line |= {"filtered_resps": [boxed(given["response"])], "token_counts": given["response_length"]}
-    line["accuracy"] = None if score is None else score.get("accuracy", score["overall"])
+    line["accuracy"] = score and (score["overall"] if score.get("accuracy") is None else score["accuracy"])
     line["score"] = score
     return line if outcome.failure is None else line | {"not_graded": outcome.failure.reason}
 

@@ -22,7 +22,7 @@ from papo.evaluation.suite import DataSet, config_of, naming, sampling_of
 from verl.config.algorithm import ViewStage
 from verl.config.config import Config
 from verl.config.keys import nearest
-from verl.data.rows import IMAGE_MARKER, PromptRows
+from verl.data.rows import IMAGE_MARKER, Dialogue, PromptRows
 from verl.data.views import image_seeds, transform
 from verl.single_controller.resources import plan_layout, start_ray
 from verl.single_controller.reward_group import RewardGroup
@@ -72,10 +72,10 @@ class Server:
             if self.model not in names:
                 raise ServerError(f"--base-url {self.url} has no model '{self.model}': {nearest(self.model, names)}")
 
-    async def ask(self, client: httpx.AsyncClient, content: list[dict[str, Any]], arguments: dict[str, Any]) -> dict:
-        """The response to one message. Overload, errors of the server and broken connections are tried again, with
+    async def ask(self, client: httpx.AsyncClient, messages: list[dict[str, Any]], arguments: dict[str, Any]) -> dict:
+        """The response to `messages`. Overload, errors of the server and broken connections are tried again, with
         longer and longer waits; raises ServerError after TRIES, and at once for what another try would only repeat."""
-        body = {"model": self.model, "messages": [{"role": "user", "content": content}], **arguments}
+        body = {"model": self.model, "messages": messages, **arguments}
         for attempt in range(TRIES):
             try:
                 answer = await client.post(f"{self.url}/chat/completions", json=body)
@@ -194,15 +194,15 @@ class ServerEvaluation:
     def _contents(
         self, config: Config, rows: PromptRows, row: dict[str, Any], uid: str
     ) -> tuple[str, dict[str, list[dict[str, Any]]]]:
-        """The prompt's text, and the message under each view."""
+        """The prompt's text, and the messages under each view."""
         images, problem = rows.pictures(row), rows.prompt_text(row)
-        contents = {ORIGINAL: content_of(problem, images)}
+        contents = {ORIGINAL: messages_of(problem, images)}
         for view in self.views:
             settings = config.algorithm.views[view]
             seeds = image_seeds(view, settings, len(images), config.trainer.seed, uid, epoch=0, response=0)
             changed = [transform(image, settings, seed) for image, seed in zip(images, seeds, strict=True)]
-            contents[view] = content_of(problem, changed)
-        return problem, contents
+            contents[view] = messages_of(problem, changed)
+        return str(problem), contents
 
     def _keep(self, name: str, found: list[tuple[str, int, RewardInput]], reward: RewardGroup) -> None:
         if found:
@@ -213,6 +213,16 @@ class ServerEvaluation:
                 for (view, sample, given), outcome in zip(found, outcomes, strict=True)
             ]
             self.records.add(lines)
+
+
+def messages_of(problem: str, images: list[Image.Image]) -> list[dict[str, Any]]:
+    """The conversation as a server reads it: one message, or those of a Dialogue."""
+    turns = problem.messages if isinstance(problem, Dialogue) else [("user", problem)]
+    left = iter(images)
+    return [
+        {"role": role, "content": content_of(text, [next(left) for _ in range(text.count(IMAGE_MARKER))])}
+        for role, text in turns
+    ]
 
 
 def content_of(problem: str, images: list[Image.Image]) -> list[dict[str, Any]]:

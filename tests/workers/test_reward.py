@@ -202,7 +202,7 @@ def test_a_batch_function_gets_the_whole_batch(make):
             r"\{'accuracy': 1.0\} \(a score is a dict with at least 'overall'.*first",
         ),
         ("return [{'overall': 1.0}, 1.0]", r"1.0 \(a score is a dict.*'second'"),
-        ("return [{'overall': '1'}] * 2", "every component is a number.*first"),
+        ("return [{'overall': '1'}] * 2", "every component a number or None.*first"),
         (
             "return [{'overall': 1.0}, {'overall': 1.0, 'x': 1.0}]",
             r"components differ: \['overall', 'x'\] here.*second",

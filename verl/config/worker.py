@@ -21,6 +21,7 @@ class LRSchedule(StrEnum):
 
     constant = "constant"
     cosine = "cosine"
+    linear = "linear"
 
 
 class OptimStrategy(StrEnum):
@@ -89,8 +90,8 @@ class OptimConfig:
     weight_decay: float = option(1e-2, "decoupled weight decay")
     lr_warmup_steps: int = option(0, "optimizer updates of the warm-up", least=0)
     lr_warmup_ratio: float = option(0.0, "or its share of all updates", least=0, most=1)
-    lr_scheduler_type: LRSchedule = option(LRSchedule.constant, "after the warm-up: constant or cosine")
-    min_lr_ratio: float = option(0.0, "last learning rate of the cosine, as a share of lr")
+    lr_scheduler_type: LRSchedule = option(LRSchedule.constant, "after the warm-up: constant, cosine or linear")
+    min_lr_ratio: float = option(0.0, "last learning rate of cosine and linear, as a share of lr")
 
 
 class Offload(StrEnum):

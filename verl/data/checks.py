@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -61,10 +62,23 @@ def row_faults(rows: PromptRows, vision: VisionProcessor | None = None) -> Itera
             if counts[index] != images[index]:
                 text = f"{counts[index]} image(s) in column '{column}', which a view reads, and {images[index]} in "
                 yield Fault(index, "markers", f"{text}column '{config.image_key}'; they must agree")
-        if not isinstance(problem, str) or not problem.strip():
-            yield Fault(index, "problem", f"column '{config.prompt_key}' is empty or no text")
+        if text := _no_prompt(problem):
+            yield Fault(index, "problem", f"column '{config.prompt_key}' {text}")
         else:
             yield from _text_faults(rows, vision, index, problem, images[index])
+
+
+def _no_prompt(problem: Any) -> str:
+    """Why a row's problem is no prompt; empty where it is a text, or messages of which the last is the user's."""
+    if isinstance(problem, str):
+        return "" if problem.strip() else "is empty"
+    if not isinstance(problem, list) or not problem:
+        return "is empty or no text"
+    for message in problem:
+        known = isinstance(message, dict) and {"role", "content"} <= message.keys()
+        if not known or not all(isinstance(message[name], str) for name in ("role", "content")):
+            return "is no text and no list of messages, each with `role` and `content` as texts"
+    return "" if problem[-1]["role"] == "user" else "ends with a message that is not the user's"
 
 
 def _media_faults(rows: PromptRows, vision: VisionProcessor | None, videos: int, images: int) -> Iterator[str]:
@@ -82,7 +96,7 @@ def _media_faults(rows: PromptRows, vision: VisionProcessor | None, videos: int,
 
 
 def _text_faults(
-    rows: PromptRows, vision: VisionProcessor | None, index: int, problem: str, images: int
+    rows: PromptRows, vision: VisionProcessor | None, index: int, problem: str | list[dict[str, str]], images: int
 ) -> Iterator[Fault]:
     try:
         text = rows.prompt_text({rows.config.prompt_key: problem})

@@ -101,7 +101,7 @@ class PromptDataset(Dataset):
             raise ValueError(f"{self.rows.where(index)}: {too_long(length, self.config.max_prompt_length, way_out)}")
         return {
             "uid": self.uid(item),
-            "problem": problem,
+            "problem": str(problem),
             "answer": str(row[self.config.answer_key]),
             "images": images,
             "view_images": view_images,

@@ -100,6 +100,8 @@ def cut_left(rows: PromptRows, vision: VisionProcessor, row: dict[str, Any], ima
     Raises ValueError where those alone are too long.
     """
     limit, problem = rows.config.max_prompt_length, row[rows.config.prompt_key]
+    if not isinstance(problem, str):
+        raise ValueError("data.truncation=left cuts texts, and this prompt is messages: set data.truncation=drop")
     extra = image_tokens - len(rows.images_of(row))
 
     def text_without(count: int) -> str:

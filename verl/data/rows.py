@@ -16,6 +16,20 @@ IMAGE_MARKER = "<image>"
 VIDEO_COLUMN = "videos"
 
 
+class Dialogue(str):
+    """A prompt of several messages, (role, content) each: the text of all, and the messages beside it."""
+
+    messages: list[tuple[str, str]]
+
+    def __new__(cls, messages: list[tuple[str, str]]) -> Dialogue:
+        self = super().__new__(cls, "\n\n".join(content for _, content in messages))
+        self.messages = messages
+        return self
+
+    def __getnewargs__(self) -> tuple[list[tuple[str, str]]]:  # for pickle
+        return (self.messages,)
+
+
 class PromptRows:
     """The rows that `key` names by `reference`.
 
@@ -59,9 +73,16 @@ class PromptRows:
         return [open_image(image, self.config.image_dir) for image in self.images_of(row, column)]
 
     def prompt_text(self, row: dict[str, Any]) -> str:
-        """The user's message: the problem, set into the template where there is one."""
+        """The prompt: the problem, set into the template where there is one. Of a prompt that is messages, the template
+        is around the last one; see `Dialogue`."""
         problem = row[self.config.prompt_key]
-        return self.template.render(content=problem) if self.template else problem
+        if isinstance(problem, str):
+            return self._in_template(problem)
+        *before, last = ((message["role"], message["content"]) for message in problem)
+        return Dialogue([*before, (last[0], self._in_template(last[1]))])
+
+    def _in_template(self, text: str) -> str:
+        return self.template.render(content=text) if self.template else text
 
     def uid(self, index: int) -> str:
         """The name of the row `index`: its file and place."""

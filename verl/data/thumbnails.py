@@ -29,18 +29,24 @@ def views_to_show(views: Mapping[str, ViewConfig]) -> dict[str, ViewConfig]:
 
 
 def thumbnails(
-    uid: str, images: Sequence[Image.Image], views: Mapping[str, ViewConfig], vision: VisionProcessor, seed: int
+    uid: str,
+    images: Sequence[Image.Image],
+    views: Mapping[str, ViewConfig],
+    vision: VisionProcessor,
+    seed: int,
+    epoch: int = 0,
+    response: int = 0,
 ) -> dict[str, Image.Image]:
     """The prompt's RGB `images` side by side as `image`, and likewise under each view; {} for a prompt without any.
 
-    The masks are those that the prompt's first response would have in the first epoch of a run with this `seed`, so
-    they are the same at each validation.
+    The masks are those that this response of the prompt has in this epoch of a run with this `seed`. By default they
+    are the same at each validation.
     """
     if not images:
         return {}
     pictures = {"image": images}
     for name, config in views.items():
-        seeds = image_seeds(name, config, len(images), seed, uid, epoch=0, response=0)
+        seeds = image_seeds(name, config, len(images), seed, uid, epoch, response)
         pictures[name] = change_images(name, config, list(images), seeds, vision)
     return {name: side_by_side([shrink(image) for image in row]) for name, row in pictures.items()}
 

@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
 
+from verl.data.rows import Dialogue
 from verl.models.families import family_of
 from verl.models.families.base import Images, SpecialTokens
 from verl.models.loading import load_config
@@ -45,15 +46,21 @@ class VisionProcessor:
         return tuple(token for token, i in self.tokenizer.get_added_vocab().items() if i in ids)
 
     def chat_text(self, text: str, marker: str = "<image>") -> str:
-        """The whole prompt as text: one user message whose `marker`s stand for images, then the model's turn."""
-        content: list[dict[str, str]] = []
-        for i, piece in enumerate(text.split(marker)):
-            if i:
-                content.append({"type": "image"})
-            if piece:
-                content.append({"type": "text", "text": piece})
+        """The whole prompt as text: one message of the user, or those of a Dialogue, whose `marker`s stand for images,
+        then the model's turn."""
+
+        def parts(text: str) -> list[dict[str, str]]:
+            content: list[dict[str, str]] = []
+            for i, piece in enumerate(text.split(marker)):
+                if i:
+                    content.append({"type": "image"})
+                if piece:
+                    content.append({"type": "text", "text": piece})
+            return content
+
+        turns = text.messages if isinstance(text, Dialogue) else [("user", text)]
         # Templates of text-only models join strings and know no parts.
-        messages = [{"role": "user", "content": content if self.family.has_vision else text}]
+        messages = [{"role": role, "content": parts(one) if self.family.has_vision else one} for role, one in turns]
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     @cached_property

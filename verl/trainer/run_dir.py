@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -10,11 +11,12 @@ import shutil
 from typing import Any
 
 from omegaconf import OmegaConf
+from PIL import Image
 
 from verl.checkpoint.files import sync
 from verl.config.config import Config
 from verl.tracking.curves import draw_curves
-from verl.tracking.run_info import settings
+from verl.tracking.run_info import machine, settings
 from verl.utils.files import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class RunDir:
         os.makedirs(self.path, exist_ok=True)
         with atomic_path(self.file("config.yaml")) as temporary:
             OmegaConf.save(OmegaConf.create(settings(config)), temporary)
+        self._write_json("machine.json", machine())
 
     def _go_on_after(self, step: int) -> None:
         for name in sorted(os.listdir(self.path)):
@@ -64,8 +67,20 @@ class RunDir:
         return os.path.join(self.path, name)
 
     def add_samples(self, step: int, split: str, records: list[dict[str, Any]]) -> None:
-        """Append generations to samples.jsonl."""
+        """Append generations to samples.jsonl; their pictures become files in `pictures`, named in the record."""
+        for record in records:
+            if found := record.get("pictures"):
+                record["pictures"] = {name: self._add_picture(picture) for name, picture in found.items()}
         self._append("samples.jsonl", [{"step": step, "split": split, **record} for record in records])
+
+    def _add_picture(self, picture: Image.Image) -> str:
+        """Write a picture, once; returns its path within the folder."""
+        path = os.path.join("pictures", f"{hashlib.sha1(picture.tobytes()).hexdigest()[:16]}.jpg")
+        if not os.path.isfile(self.file(path)):
+            os.makedirs(self.file("pictures"), exist_ok=True)
+            with atomic_path(self.file(path)) as temporary:
+                picture.save(temporary, format="JPEG", quality=85)
+        return path
 
     def add_events(self, events: list[dict[str, Any]]) -> None:
         """Append events of the watchdog to events.jsonl. Open bounds are null."""
@@ -81,11 +96,11 @@ class RunDir:
                 file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        with (
-            atomic_path(self.file("summary.json")) as temporary,
-            open(temporary, "w", encoding="utf-8") as file,
-        ):
-            json.dump(summary, file, indent=2)
+        self._write_json("summary.json", summary)
+
+    def _write_json(self, name: str, value: dict[str, Any]) -> None:
+        with atomic_path(self.file(name)) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2)
             file.write("\n")
 
     def read_summary(self) -> dict[str, Any] | None:

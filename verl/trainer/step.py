@@ -22,9 +22,10 @@ from verl.metrics.machine import Timings
 from verl.protocol import DataProto, check_columns
 from verl.trainer.collect import Rows, component, graded, overall_scores
 from verl.trainer.plan import Plan
+from verl.trainer.samples import add_pictures, add_tokens, samples
 from verl.trainer.state import TrainState
 from verl.trainer.workers import Workers, size_in_bytes
-from verl.workers.reward.base import Outcome, RewardError, RewardInput
+from verl.workers.reward.base import Outcome, RewardError, component_means
 from verl.workers.training.balance import Work, share_rows
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ def prepare(plan: Plan, workers: Workers, state: TrainState, rows: Rows, timings
         **rollout_metrics(batch, config.data.max_response_length, version),
     }
     records = samples(batch, rows.inputs, outcomes, config.trainer.samples_per_step)
+    add_pictures(records, rows.pictures)
     return Batch(columns, at_actor, metrics | work, records)
 
 
@@ -72,7 +74,7 @@ def update(plan: Plan, workers: Workers, batch: Batch, step: int, scale: float, 
     Args:
         scale: Multiplies the coefficients of maximised terms.
     """
-    metrics = batch.metrics
+    metrics, shown = batch.metrics, {}
     if plan.requirements.critic:
         with timings("update_critic"):
             columns = batch.columns.select(["response_mask", "values", "returns"])
@@ -83,7 +85,9 @@ def update(plan: Plan, workers: Workers, batch: Batch, step: int, scale: float, 
             columns = update_columns(plan.requirements, batch)
             metrics["perf/ray_mb"] += size_in_bytes(columns) / 2**20
             metrics |= workers.actor.update_policy(columns, coefs).result()
+            shown = workers.actor.shown() if plan.requirements.live_views and batch.samples else {}
         metrics |= moving(plan.terms, coefs)
+    add_tokens(batch.samples, batch.columns, plan.vision.tokenizer, plan.requirements.views, shown)
     with timings("weight_sync"):
         workers.rollout.sync_weights(workers.actor)
     warn_of_mismatch(metrics, plan.config.worker.rollout)
@@ -94,7 +98,8 @@ def hand_out(plan: Plan, workers: Workers, rows: Rows) -> dict[str, float]:
     """Give each rank its rows, with their images; returns metrics of the work."""
     requirements, batch, ranks = plan.requirements, rows.batch, plan.sizes.ranks
     images = [view_column(view, "mm_inputs") for view in (ORIGINAL, *requirements.views)]
-    names = [*TOKENS, "rollout_log_probs", *images, *(view_column(view, "rows") for view in requirements.views)]
+    batch = batch.with_columns({"row": torch.arange(len(batch))})
+    names = [*TOKENS, "row", "rollout_log_probs", *images, *(view_column(view, "rows") for view in requirements.views)]
     shares = share_rows(batch, rows.mini_batches, ranks, [ORIGINAL, *requirements.live_views])
     size = workers.take_rows(batch.select(names), shares)
     useful = Work(batch, [ORIGINAL, *requirements.live_views]).tokens(range(len(batch)))
@@ -192,9 +197,7 @@ def reward_metrics(outcomes: list[Outcome], group: torch.Tensor) -> dict[str, fl
     scores = [outcome.score for outcome in outcomes if outcome.score is not None]
     overall = torch.tensor([score["overall"] for score in scores], dtype=torch.float64)
     metrics = {"train/reward": overall.mean().item(), "train/reward_std": overall.std(unbiased=False).item()}
-    for name in scores[0]:
-        if name != "overall":
-            metrics[f"train/{name}"] = sum(score[name] for score in scores) / len(scores)
+    metrics |= {f"train/{name}": mean for name, mean in component_means(scores).items() if name != "overall"}
     group = group[kept]
     uniform = [overall[group == g].unique().numel() == 1 for g in group.unique()]
     metrics["train/groups_without_signal"] = sum(uniform) / len(uniform)
@@ -239,18 +242,6 @@ def warn_of_mismatch(metrics: dict[str, float], sampling: RolloutConfig) -> None
             metrics["rollout/log_prob_diff_max"],
             metrics["rollout/weight_version"],
         )
-
-
-def samples(batch: DataProto, inputs: list[RewardInput], outcomes: list[Outcome], count: int) -> list[dict[str, Any]]:
-    """The first `count` responses as records for samples.jsonl; one that was not graded has no score, and a reason."""
-    records = []
-    for uid, problem, i, outcome in zip(batch["uid"], batch["problem"], inputs, outcomes, strict=True):
-        if len(records) == count:
-            break
-        found = {"uid": uid, "prompt": problem, "response": i["response"], "answer": i["ground_truth"]}
-        found["score"] = dict(outcome.score or {})
-        records.append(found | ({"not_graded": outcome.failure.reason} if outcome.failure else {}))
-    return records
 
 
 def speed(batch: DataProto, timings: Timings) -> dict[str, float]:

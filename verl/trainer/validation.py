@@ -16,9 +16,9 @@ from verl.tracking import Row, Trackers
 from verl.trainer.collect import reward_inputs
 from verl.trainer.plan import Plan
 from verl.trainer.run_dir import RunDir
-from verl.trainer.step import samples
+from verl.trainer.samples import add_pictures, add_tokens, samples
 from verl.trainer.workers import Workers
-from verl.workers.reward.base import Outcome, RewardInput, RewardScore
+from verl.workers.reward.base import Outcome, RewardInput, RewardScore, component_means
 from verl.workers.rollout.base import SamplingParams, validation_sampling
 
 
@@ -36,16 +36,16 @@ class Answers:
     outcomes: list[Outcome]
 
 
-def answers(plan: Plan, workers: Workers, batches: Iterable[DataProto]) -> Iterator[Answers]:
+def answers(plan: Plan, workers: Workers, batches: Iterable[DataProto], step: int = 0) -> Iterator[Answers]:
     """The answers to each batch of prompts, sampled as in validation. While one is graded, the engines are at the
     next."""
     waiting: list[tuple[DataProto, list[SamplingParams], Rollout]] = []
     for prompts in batches:
         waiting.append(_ask(plan, workers, prompts))
         if len(waiting) > 1:
-            yield _answer(plan, workers, *waiting.pop(0))
+            yield _answer(plan, workers, step, *waiting.pop(0))
     for last in waiting:
-        yield _answer(plan, workers, *last)
+        yield _answer(plan, workers, step, *last)
 
 
 def _ask(plan: Plan, workers: Workers, prompts: DataProto) -> tuple[DataProto, list[SamplingParams], Rollout]:
@@ -55,12 +55,12 @@ def _ask(plan: Plan, workers: Workers, prompts: DataProto) -> tuple[DataProto, l
 
 
 def _answer(
-    plan: Plan, workers: Workers, prompts: DataProto, sampling: list[SamplingParams], rollout: Rollout
+    plan: Plan, workers: Workers, step: int, prompts: DataProto, sampling: list[SamplingParams], rollout: Rollout
 ) -> Answers:
     responses = workers.rollout.result(rollout)
     batch = prompts.select(["uid", "problem", "answer", "prompt_ids"]).repeat_interleave(sampling[0].n)
     batch = batch.with_columns(responses.tensors)
-    inputs = reward_inputs(plan.vision, batch)
+    inputs = reward_inputs(plan.vision, batch, step)
     return Answers(prompts, batch, inputs, workers.reward.result(workers.reward.start(inputs)))
 
 
@@ -92,12 +92,13 @@ class Validation:
         copies = config.worker.rollout.val_override_config.n or config.worker.rollout.n
         self.workers.reward.begin(len(loader.dataset) * copies)
         try:
-            for found in answers(self.plan, self.workers, tqdm(loader, desc="validating", unit="batch", leave=False)):
+            batches = tqdm(loader, desc="validating", unit="batch", leave=False)
+            for found in answers(self.plan, self.workers, batches, step):
                 graded = zip(found.inputs, found.outcomes, strict=True)
                 scores += [(one["uid"].rpartition(":")[0], out.score) for one, out in graded if out.score is not None]
                 count += len(found.outcomes)
                 length += int(found.batch["response_mask"].sum())
-                records = records or samples(found.batch, found.inputs, found.outcomes, config.trainer.samples_per_step)
+                records = records or self._samples(found, copies)
                 generations += self._rows(found, copies, self.shown - len(generations))
         finally:
             self.run_dir.add_failures(step, self.workers.reward.take_failures())
@@ -111,6 +112,16 @@ class Validation:
                 metrics |= means(f"val/{label}", [score for name, score in scores if name == file])
         failed = (count - len(scores)) / count
         return metrics | {"val/response_length_mean": length / count, "val/failed_frac": failed}
+
+    def _samples(self, found: Answers, copies: int) -> list[dict[str, Any]]:
+        """Records of the first response to each of the first prompts: the same questions at each validation."""
+        first, count = found.batch.rows(slice(0, None, copies)), self.plan.config.trainer.samples_per_step
+        records = samples(first, found.inputs[::copies], found.outcomes[::copies], count)
+        add_tokens(records, first, self.plan.vision.tokenizer)
+        vision, seed = self.plan.vision, self.plan.config.trainer.seed
+        pairs = zip(records, found.prompts["images"], strict=False)
+        add_pictures(records, [thumbnails(record["uid"], images, {}, vision, seed) for record, images in pairs])
+        return records
 
     def _rows(self, found: Answers, copies: int, count: int) -> list[Row]:
         """The first response to each of the first `count` prompts as rows of a table with thumbnails."""
@@ -132,11 +143,8 @@ def labels(files: list[str]) -> list[str]:
 
 def means(prefix: str, scores: list[RewardScore]) -> dict[str, float]:
     """The mean of each component of the scores; the trained one is called `reward`."""
-    values: dict[str, list[float]] = {}
-    for score in scores:
-        for name, value in score.items():
-            values.setdefault("reward" if name == "overall" else name, []).append(value)
-    return {f"{prefix}/{name}": sum(found) / len(scores) for name, found in values.items()}
+    found = component_means(scores)
+    return {f"{prefix}/{'reward' if name == 'overall' else name}": mean for name, mean in found.items()}
 
 
 def for_summary(metrics: dict[str, float], when: str = "") -> dict[str, float]:

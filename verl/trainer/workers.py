@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from itertools import chain
 
 import ray
 import torch
+from ray.util.placement_group import remove_placement_group
 from tqdm import tqdm
 
 from verl.columns import ORIGINAL
@@ -70,6 +72,14 @@ class Workers:
             bar.update()
         logger.info("%s; rollout engine %s", layout.in_words(), config.worker.rollout.name)
         return cls(actor, reference, critic, rollout, reward)
+
+    def close(self) -> None:
+        """End all workers, and give back their place, in a Ray that goes on."""
+        groups = [group.workers for group in (self.actor, self.reference, self.critic) if group is not None]
+        for worker in chain(*groups, self.rollout.replicas, [self.reward.worker]):
+            ray.kill(worker)
+        if self.rollout.placement is not None:
+            remove_placement_group(self.rollout.placement)
 
     def take_rows(self, batch: DataProto, shares: list[Share]) -> int:
         """Give every rank of every trained or frozen model its share of a step's rows; returns the bytes that were put

@@ -293,6 +293,8 @@ class ActorWorker(PolicyWorker):
             max_response_length=self.config.data.max_response_length,
             device=self.device,
         )
+        if self.actor.requirements.live_views:  # what of them is shown, only the update knows
+            self.actor.show = self.config.trainer.samples_per_step
         self.park_where(actor.fsdp)
         return sum(p.numel() for p in self.policy.parameters())
 
@@ -331,6 +333,10 @@ class ActorWorker(PolicyWorker):
         if (peak := peak_flops(device, self.config.trainer.peak_tflops)) is not None:
             metrics.add("perf/mfu", self.actor.operations(rows) / (time.perf_counter() - start) / peak)
         return metrics
+
+    def shown(self) -> dict[int, dict[str, torch.Tensor]]:
+        """See DataParallelActor."""
+        return self.actor.shown
 
     def send_through(self, carrier: str) -> tuple[str, int] | None:
         """Prepare a carrier; where sender and receivers must meet, returns (host, port) on the sending rank."""

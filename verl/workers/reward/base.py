@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 
 class RewardInput(TypedDict):
@@ -14,14 +15,17 @@ class RewardInput(TypedDict):
     ground_truth: str  # column `data.answer_key`
     uid: NotRequired[str]  # the prompt: file and row
     problem: NotRequired[str]  # the prompt's text as the model reads it, for judges
+    response_ids: NotRequired[list[int]]  # its tokens
+    step: NotRequired[int]  # training steps that were done when it was drawn
 
 
 class RewardScore(TypedDict, total=False):
-    """Result for one response: `overall` trains; every other entry is a component that is logged by its name."""
+    """Result for one response: `overall` trains; every other entry is a component that is logged by its name. A
+    component that is None does not apply to this response, and its means leave that out."""
 
     overall: float
-    accuracy: float
-    format: float
+    accuracy: float | None
+    format: float | None
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,24 @@ class RewardError(Exception):
         self.failures = failures or []
 
 
+def readable(reward_input: RewardInput) -> dict[str, Any]:
+    """A sample as a person reads it: without token ids."""
+    return {name: value for name, value in reward_input.items() if name != "response_ids"}
+
+
 def shown(reward_input: RewardInput) -> str:
     """A sample for an error message."""
-    return "\n".join(f"  {name}: {cut(str(value))!r}" for name, value in reward_input.items())
+    return "\n".join(f"  {name}: {cut(str(value))!r}" for name, value in readable(reward_input).items())
+
+
+def component_means(scores: Sequence[RewardScore]) -> dict[str, float]:
+    """The mean of each component over the scores to which it applies; of one that applies to none there is no mean."""
+    values: dict[str, list[float]] = {}
+    for score in scores:
+        for name, value in score.items():
+            if value is not None:
+                values.setdefault(name, []).append(value)
+    return {name: sum(found) / len(found) for name, found in values.items()}
 
 
 def cut(text: str, longest: int = 2000) -> str:

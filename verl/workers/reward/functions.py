@@ -104,12 +104,12 @@ class RewardFunction:
         """
         if not isinstance(score, dict) or "overall" not in score:
             problem = "a score is a dict with at least 'overall'"
-        elif not all(isinstance(value, Real) for value in score.values()):
-            problem = "every component is a number"
-        elif not all(map(math.isfinite, score.values())):
+        elif score["overall"] is None or not all(isinstance(v, Real) for v in score.values() if v is not None):
+            problem = "`overall` is a number, and every component a number or None"
+        elif not all(math.isfinite(value) for value in score.values() if value is not None):
             return Failure("not_finite", f"{self.name} returned {cut(repr(score))}")
         else:
-            return {str(name): float(value) for name, value in score.items()}
+            return {str(name): None if value is None else float(value) for name, value in score.items()}
         raise ContractError(f"{self.name} returned {cut(repr(score))} ({problem}) for\n{shown(reward_input)}")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import closing
 
 from verl.config.worker import RewardConfig, RewardType
-from verl.workers.reward.base import Failure, Outcome, RewardError, RewardInput, RewardScore, cut, shown
+from verl.workers.reward.base import Failure, Outcome, RewardError, RewardInput, RewardScore, cut, readable, shown
 from verl.workers.reward.pool import GraderPool, Task
 
 logger = logging.getLogger(__name__)
@@ -133,4 +133,4 @@ class RewardManager:
 
 def record(reward_input: RewardInput, failure: Failure) -> dict:
     """A sample that was not graded, for reward_failures.jsonl."""
-    return {"reason": failure.reason, "detail": failure.detail, **reward_input}
+    return {"reason": failure.reason, "detail": failure.detail, **readable(reward_input)}

@@ -57,7 +57,12 @@ def add_mismatch(metrics: MetricBag, log_probs: torch.Tensor, rollout: torch.Ten
 
 @dataclass
 class DataParallelActor:
-    """Updates a sharded policy. Every rank holds one with its own rows and calls it in step with the others."""
+    """Updates a sharded policy. Every rank holds one with its own rows and calls it in step with the others.
+
+    Attributes:
+        show: Number of the step's first rows that are kept in `shown`: by row, the columns [R] that the first forward
+            of an update computed for them, for people to look at.
+    """
 
     policy: PolicyModel
     optimizer: torch.optim.Optimizer
@@ -68,6 +73,8 @@ class DataParallelActor:
     config: ActorConfig
     max_response_length: int
     device: torch.device
+    show: int = 0
+    shown: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     nonfinite_terms: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -89,7 +96,7 @@ class DataParallelActor:
             RuntimeError: `max_skipped_updates` updates in a row were not finite.
         """
         self.policy.train()
-        metrics = MetricBag()
+        metrics, self.shown = MetricBag(), {}
         views, budget = [ORIGINAL, *self.requirements.live_views], self.config.max_tokens_per_micro_batch
         for epoch in range(self.config.ppo_epochs):
             for number, mini_batch in enumerate(batch.split(sizes)):
@@ -136,6 +143,7 @@ class DataParallelActor:
         """Forward, losses and backward of one micro-batch; gradients add up in the parameters."""
         views = [ORIGINAL, *self.requirements.live_views]
         live = forward_views(self.policy, rows, views, self.device, self.requirements.exact)
+        self._keep(rows, live)
         stored = {name: rows[name].to(self.device) for name in self.requirements.stored if name in rows}
         mask = stored["response_mask"]
         if "old_log_probs" not in stored:
@@ -153,6 +161,12 @@ class DataParallelActor:
         # FSDP averages over ranks; the denominators are global already, so the shares must be summed.
         torch.autograd.backward(list(live.values()), [g * dist.get_world_size() for g in gradients])
         self.step.widen_gradients()
+
+    def _keep(self, rows: DataProto, live: dict[str, torch.Tensor]) -> None:
+        """Keep the columns of the rows to be shown, of the first epoch."""
+        for place, number in enumerate(rows["row"].tolist() if self.show else ()):
+            if number < self.show and number not in self.shown and rows["response_mask"][place].any():
+                self.shown[number] = {name: column[place].detach().float().cpu() for name, column in live.items()}
 
     def _gradients_by_term(
         self,

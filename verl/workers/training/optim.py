@@ -33,7 +33,8 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, total_
 
 
 def lr_factor(config: OptimConfig, total_updates: int) -> Callable[[int], float]:
-    """Update number (from 0) -> factor on `lr`: linear warm-up, then constant or a half cosine to `min_lr_ratio`."""
+    """Update number (from 0) -> factor on `lr`: linear warm-up, then constant, or a half cosine or a line to
+    `min_lr_ratio`."""
 
     warmup = config.lr_warmup_steps or int(config.lr_warmup_ratio * total_updates)
 
@@ -44,6 +45,8 @@ def lr_factor(config: OptimConfig, total_updates: int) -> Callable[[int], float]
             return 1.0
         length = max(1, total_updates - warmup)
         progress = min(1.0, (update - warmup) / length)
-        return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+        linear = config.lr_scheduler_type == LRSchedule.linear
+        left = 1 - progress if linear else 0.5 * (1 + math.cos(math.pi * progress))
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * left
 
     return factor

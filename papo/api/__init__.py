@@ -1,0 +1,1 @@
+"""The Python API, in the shape of TRL's PAPOTrainer: `from papo import PAPOTrainer, PAPOConfig`."""
