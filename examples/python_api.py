@@ -47,7 +47,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--assets", default="outputs/quickstart_assets", help="folder (default: %(default)s)")
     parser.add_argument("--output-dir", default="outputs/papo/python_api", help="folder (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=80, help="(default: %(default)s)")
     options = parser.parse_args()
     args = PAPOConfig(
         output_dir=options.output_dir,

@@ -39,6 +39,11 @@ class Part:
     name: str
     function: Callable[..., Any] | str
     weight: float
+    file: str = ""  # where a function stands, which pickling forgets and its tracebacks name
+
+    def __post_init__(self) -> None:
+        if hasattr(self.function, "__code__"):
+            self.file = self.function.__code__.co_filename
 
 
 def save(parts: list[Part], path: str) -> None:
@@ -53,7 +58,11 @@ def load(path: str) -> list[Part]:
     """The functions that `save` wrote, with what they import."""
     with open(path, "rb") as file:
         sys.path += [folder for folder in pickle.load(file) if folder not in sys.path]
-        return cloudpickle.load(file)
+        parts: list[Part] = cloudpickle.load(file)
+    for part in parts:
+        if part.file:
+            part.function.__code__ = part.function.__code__.replace(co_filename=part.file)
+    return parts
 
 
 @cache

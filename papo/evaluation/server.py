@@ -22,7 +22,8 @@ from papo.evaluation.suite import DataSet, config_of, naming, sampling_of
 from verl.config.algorithm import ViewStage
 from verl.config.config import Config
 from verl.config.keys import nearest
-from verl.data.rows import IMAGE_MARKER, Dialogue, PromptRows
+from verl.data.dialogue import Dialogue
+from verl.data.rows import IMAGE_MARKER, PromptRows
 from verl.data.views import image_seeds, transform
 from verl.single_controller.resources import plan_layout, start_ray
 from verl.single_controller.reward_group import RewardGroup

@@ -12,6 +12,8 @@ import subprocess
 import textwrap
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, Image, load_dataset
 from transformers import TrainerCallback, TrainingArguments
@@ -27,7 +29,8 @@ from tests.fakes.runs import ENVIRONMENT, numbers, shared_cluster
 from tests.fakes.warm import ray_uses_it, warm_python
 from verl.config.compose import compose_config
 from verl.config.config import Config
-from verl.data.rows import Dialogue, PromptRows
+from verl.data.dialogue import Dialogue
+from verl.data.rows import PromptRows
 from verl.data.vision import VisionProcessor
 from verl.workers.reward.base import RewardError, RewardInput, component_means
 
@@ -315,6 +318,7 @@ def test_a_script_for_trl_runs_and_errors_come_with_their_own_traceback(assets, 
             raise LookupError("in my own callback")
 
     args, rows = space["args"], space["dataset"]
+    args.reward_weights = None
     args.output_dir = str(tmp_path / "reward")
     with pytest.raises(RewardError, match=r"(?s)test_python_api.py.*in broken.*ZeroDivisionError: in my own reward"):
         PAPOTrainer(space["MODEL"], broken, args, rows).train()
@@ -374,12 +378,10 @@ def test_the_example_runs(assets, tmp_path, monkeypatch):
     monkeypatch.setenv(*ray_uses_it())
     monkeypatch.setenv("RAY_ADDRESS", shared_cluster())
     (tmp_path / "data").mkdir()
-    for name, target in {
-        "model": "model",
-        "data/train.parquet": "train.parquet",
-        "data/val.parquet": "val.parquet",
-    }.items():
-        (tmp_path / name).symlink_to(assets / target)
+    (tmp_path / "model").symlink_to(assets / "model")
+    for name in ("train.parquet", "val.parquet"):
+        table = pq.read_table(assets / name)
+        pq.write_table(pa.concat_tables([table, table]), tmp_path / "data" / name)  # as many rows as a step takes
     command = [*warm_python(), "examples/python_api.py", "--assets", str(tmp_path), "--steps", "2"]
     command += ["--output-dir", str(tmp_path / "run")]
     done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | ENVIRONMENT, capture_output=True, text=True)

@@ -9,25 +9,12 @@ from jinja2 import Environment, StrictUndefined, TemplateError
 from PIL.Image import Image
 
 from verl.config.data import DataConfig
+from verl.data.dialogue import Dialogue
 from verl.data.files import open_rows
 from verl.data.images import open_image
 
 IMAGE_MARKER = "<image>"
 VIDEO_COLUMN = "videos"
-
-
-class Dialogue(str):
-    """A prompt of several messages, (role, content) each: the text of all, and the messages beside it."""
-
-    messages: list[tuple[str, str]]
-
-    def __new__(cls, messages: list[tuple[str, str]]) -> Dialogue:
-        self = super().__new__(cls, "\n\n".join(content for _, content in messages))
-        self.messages = messages
-        return self
-
-    def __getnewargs__(self) -> tuple[list[tuple[str, str]]]:  # for pickle
-        return (self.messages,)
 
 
 class PromptRows:

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
 
-from verl.data.rows import Dialogue
+from verl.data.dialogue import Dialogue
 from verl.models.families import family_of
 from verl.models.families.base import Images, SpecialTokens
 from verl.models.loading import load_config
