@@ -113,18 +113,20 @@ def requests(count: int, **changes) -> list[SamplingParams]:
     return [replace(base, seed=100 + i, **changes) for i in range(count)]
 
 
-def kill_one_while_it_generates(cluster: Cluster, prompts: DataProto, sampling: list[SamplingParams]) -> DataProto:
+def kill_one_while_it_generates(
+    cluster: Cluster, prompts: DataProto, sampling: list[SamplingParams], ahead: bool = False
+) -> DataProto:
     """The responses, where replica 1 gets a SIGKILL when it has generated its share and not yet answered."""
     process = cluster.rollout.process_ids()[1]
     with tempfile.TemporaryDirectory() as folder:
         begun = Path(folder) / "begun"
         ray.get(cluster.rollout.replicas[1].__ray_call__.remote(_never_answer, begun))
-        rollout = cluster.rollout.generate(prompts, sampling)
+        rollout = cluster.rollout.generate(prompts, sampling, ahead)
         while not begun.exists():
             assert not ray.wait([rollout.answers[1]], timeout=0.01)[0], ray.get(rollout.answers[1])
     os.kill(process, signal.SIGKILL)
     result = cluster.rollout.result(rollout)
-    assert cluster.rollout.process_ids()[1] != process
+    assert ahead or cluster.rollout.process_ids()[1] != process
     return result
 
 

@@ -13,7 +13,7 @@ from verl.protocol import DataProto
 from verl.trainer.collect import Collector
 from verl.trainer.plan import Plan, check
 from verl.trainer.state import TrainState
-from verl.trainer.step import prepare, speed, update
+from verl.trainer.step import prepare, speed, sync, update
 from verl.trainer.workers import Workers
 
 
@@ -33,5 +33,6 @@ def two_steps(
             rows = collector.finish(collector.begin())
             batch = prepare(plan, workers, state, rows, timings)
             metrics = update(plan, workers, batch, step, 1.0, timings)
+            sync(workers, timings)
         found.append({**metrics, **speed(rows.batch, timings)})
     return state, found

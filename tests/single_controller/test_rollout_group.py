@@ -94,6 +94,37 @@ def test_a_replica_that_is_killed_comes_back_with_the_weights_and_nothing_is_los
     assert cluster.rollout.failures == 0
 
 
+def test_ahead_of_an_update_another_replica_takes_the_share_of_one_that_is_killed(cluster, assets, caplog):
+    """The trainer's weights may have changed already; the other engine has those that the responses belong to."""
+    prompts, sampling = read_prompts(cluster), requests(4, n=4, max_tokens=200)
+    expected = generate(cluster, prompts, sampling)
+    cluster.train(assets, updates=1)
+    with caplog.at_level("WARNING", logger="verl"):
+        found = kill_one_while_it_generates(cluster, prompts, sampling, ahead=True)
+    for name in ("responses", "response_mask", "rollout_log_probs", "weight_version"):
+        assert torch.equal(found[name], expected[name])
+    assert "another takes its share" in caplog.text and cluster.rollout.engine_seconds() > 0
+    cluster.rollout.sync_weights(cluster.actor)
+    after = generate(cluster, prompts, sampling)
+    assert (after["weight_version"] == expected["weight_version"] + 1).all()
+    assert not torch.equal(after["rollout_log_probs"], expected["rollout_log_probs"])
+
+
+def test_without_another_replica_the_new_weights_draw_what_was_lost(cluster, assets, monkeypatch, caplog):
+    prompts, sampling = read_prompts(cluster), requests(4)
+    monkeypatch.setattr(cluster.rollout, "replicas", cluster.rollout.replicas[:1])
+    monkeypatch.setattr(cluster.rollout, "connected", None)
+    version = cluster.rollout.version
+    cluster.train(assets, updates=1)
+    rollout = cluster.rollout.generate(prompts, sampling, ahead=True)
+    ray.kill(cluster.rollout.replicas[0])
+    with caplog.at_level("WARNING", logger="verl"):
+        found = cluster.rollout.result(rollout)
+    assert (found["weight_version"] == version + 1).all() and "the old ones went with it" in caplog.text
+    cluster.rollout.sync_weights(cluster.actor)
+    assert torch.equal(generate(cluster, prompts, sampling)["responses"], found["responses"])
+
+
 def test_a_replica_that_died_between_steps_is_there_again_after_the_sync(cluster):
     prompts, sampling = read_prompts(cluster), requests(4)
     expected = generate(cluster, prompts, sampling)

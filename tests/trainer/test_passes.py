@@ -80,11 +80,11 @@ def test_failures_are_counted_over_all_that_a_step_has_graded():
     """Also over ReMax's baselines and the groups that DAPO's filter drops, which no row of the step shows."""
     group = object.__new__(RewardGroup)
     group.worker = SimpleNamespace(begin=SimpleNamespace(remote=lambda expected: None))
-    group.begin(10)
-    group.graded, group.reasons = 8, Counter({"timeout": 1, "raised": 3})
-    assert group.failures() == {"failed_frac": 0.5, "failed/timeout": 0.125, "failed/raised": 0.375}
-    group.begin(10)
-    assert (group.graded, group.reasons.total()) == (0, 0)
+    tally = group.begin(10)
+    tally.graded, tally.reasons = 8, Counter({"timeout": 1, "raised": 3})
+    assert tally.metrics() == {"failed_frac": 0.5, "failed/timeout": 0.125, "failed/raised": 0.375}
+    assert (group.begin(10).graded, group.tally.reasons.total()) == (0, 0), "a validation counts apart"
+    assert tally.graded == 8
 
 
 @pytest.mark.parametrize("values", [(1.0, float("nan"), 2.0), (float("nan"), 1.0)])

@@ -56,6 +56,19 @@ def one_rank():
         yield
 
 
+def plain_log_probs(plain, batch, i, images, banned):
+    """Log-probs of response `i` by a plain model, in its dtype, given the images of the column `images`."""
+    keep = batch["attention_mask"][i].bool()
+    ids = batch["input_ids"][i][keep]
+    vision = batch[images][i].tensors()
+    if vision:
+        vision["mm_token_type_ids"] = (ids == plain.config.image_token_id).int()[None]
+    logits = plain(input_ids=ids[None], **vision).logits[0, :-1].clone()
+    logits[:, banned] = float("-inf")
+    length = int(batch["response_mask"][i].sum())
+    return torch.log_softmax(logits, -1).gather(-1, ids[1:, None])[-length:, 0]
+
+
 def definition(model, batch, average=LossAverage.token, plain=None):
     """PAPO-G's objective written out on the plain model, row by row, in float64; returns its gradient."""
     plain = plain or AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float64)
@@ -63,15 +76,7 @@ def definition(model, batch, average=LossAverage.token, plain=None):
     banned = [v for v in vocabulary if v in banned_ids(model)]
 
     def log_probs(i, images):
-        keep = batch["attention_mask"][i].bool()
-        ids = batch["input_ids"][i][keep]
-        vision = batch[images][i].tensors()
-        if vision:
-            vision["mm_token_type_ids"] = (ids == plain.config.image_token_id).int()[None]
-        logits = plain(input_ids=ids[None], **vision).logits[0, :-1].clone()
-        logits[:, banned] = float("-inf")
-        length = int(batch["response_mask"][i].sum())
-        return torch.log_softmax(logits, -1).gather(-1, ids[1:, None])[-length:, 0]
+        return plain_log_probs(plain, batch, i, images, banned)
 
     def k3(a, b):
         return (b - a).exp() - (b - a) - 1
@@ -222,6 +227,33 @@ def test_every_policy_loss_makes_two_updates_however_the_batch_is_cut(model, bat
     cut, _ = gradient(model, drawn, max_tokens_per_micro_batch=1, **options)
     assert_same({n: g * 10 for n, g in cut.items()}, {n: g * 10 for n, g in whole.items()}, tolerance=1e-4)
     assert metrics["actor/skipped_frac"] == 0 and 0.5 < metrics["actor/tis_weight"] <= policy.tis_cap
+
+
+@pytest.mark.parametrize("cap", [1.2, 100.0])
+def test_responses_of_older_weights_get_truncated_importance_weights(model, batch, cap):
+    """One step ahead (trainer.ahead): d/dw of -min(pi_w' / pi_older, cap) * pi_w / pi_w' * A at w' = w, in float64."""
+    plain = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float64)
+    older = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float64)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for weight in older.parameters():
+            weight += 0.02 * torch.randn_like(weight)
+    banned = [v for v in range(plain.config.text_config.vocab_size) if v in banned_ids(model)]
+    drawn, losses, weights = torch.zeros_like(batch["old_log_probs"]), [], []
+    for i in range(len(batch)):
+        with torch.no_grad():
+            engine = plain_log_probs(older, batch, i, "mm_inputs", banned)
+        own, length = plain_log_probs(plain, batch, i, "mm_inputs", banned), len(engine)
+        drawn[i, :length] = engine.float()
+        weights.append((own.detach() - engine).exp().clamp(max=cap))
+        losses.append(-weights[-1] * (own - own.detach()).exp() * batch["advantages"][i, :length].double())
+    torch.cat(losses).mean().backward()
+    shown = torch.cat(weights)
+    assert (shown < 0.9).any() and (shown > 1.1).any() and ((shown == cap).any() or cap == 100)
+    terms = {"policy": PolicyTermConfig(tis=Truncation.token, tis_cap=cap)}
+    found, metrics = gradient(model, without_old(batch, drawn), terms=terms)
+    assert_same(found, {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}, tolerance=5e-6)
+    assert metrics["actor/tis_weight"] == pytest.approx(shown.mean().item(), rel=1e-5)
 
 
 def test_a_schedule_scales_its_term(model, batch):

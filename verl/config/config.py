@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from verl.config.algorithm import AlgorithmConfig
+from verl.config.algorithm import AlgorithmConfig, OldLogProbs, Truncation
 from verl.config.data import DataConfig
 from verl.config.trainer import TrainerConfig
 from verl.config.worker import WorkerConfig
@@ -35,6 +35,7 @@ class Config:
                 f"worker.rollout.max_model_len={rollout.max_model_len} is below data.max_prompt_length + "
                 f"data.max_response_length = {longest}; raise it, or leave it out"
             )
+        self._check_ahead()
         if self.algorithm.overlong_buffer > data.max_response_length:
             raise ValueError(
                 f"algorithm.overlong_buffer={self.algorithm.overlong_buffer}: from 0 (off) to "
@@ -45,3 +46,20 @@ class Config:
                 f"data.mini_rollout_batch_size={data.mini_rollout_batch_size}: only with "
                 "algorithm.online_filtering=true"
             )
+
+    def _check_ahead(self) -> None:
+        """One step ahead, responses come from weights that are a step older, and the loss must know."""
+        if not self.trainer.ahead:
+            return
+        if self.algorithm.old_log_probs == OldLogProbs.rollout:
+            raise ValueError(
+                "trainer.ahead=1 with algorithm.old_log_probs=rollout: the ratio would be clipped around the engines' "
+                "older policy; set algorithm.old_log_probs=auto"
+            )
+        for name, term in self.algorithm.terms.items():
+            if term.coef and getattr(term, "tis", None) == Truncation.off:
+                key = f"algorithm.terms.{name}.tis"
+                raise ValueError(
+                    f"trainer.ahead=1 with {key}=off: responses come from weights that are a step older, and nothing "
+                    f"corrects for it; set {key}=token (or sequence)"
+                )

@@ -50,6 +50,9 @@ class TrainerConfig:
     val_before_train: bool = option(True, "validate before the first step")
     val_freq: int = option(5, "steps between validations; 0: only before and after", least=0)
     val_after_train: bool = option(True, "validate after the last step")
+    ahead: int = option(
+        0, "1: begin a step's responses before the updates of the step before, on engines of their own", least=0, most=1
+    )
     critic_warmup: int = option(0, "first steps in which only the critic trains", least=0)
     samples_per_step: int = option(4, "responses of each step that go to samples.jsonl; 0: none", least=0)
     val_generations_to_log: int = option(

@@ -24,6 +24,28 @@ class Timings:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
+class Overlap:
+    """How much of a step its two sides work at one time, where the next responses are generated during the updates."""
+
+    def __init__(self, timings: Timings) -> None:
+        self.timings = timings
+        self.start = time.perf_counter()
+
+    def trained(self) -> None:
+        """The updates are done."""
+        self.training = time.perf_counter() - self.start
+
+    def metrics(self, engine_seconds: float) -> dict[str, float]:
+        """Seconds in which both worked, and the share of the step in which either had nothing to do; `engine_seconds`
+        is the duration of the generation that began with the step."""
+        step = self.timings.seconds["step"]
+        return {
+            "timing_s/overlap": min(self.training, engine_seconds),
+            "perf/idle_engine_frac": 1 - min(engine_seconds / step, 1.0),
+            "perf/idle_trainer_frac": 1 - min((self.training + self.timings.seconds["weight_sync"]) / step, 1.0),
+        }
+
+
 GIB = 2**30
 # Dense bfloat16 TFLOP/s by a part of the device's name, from the makers' data sheets; the first that fits counts.
 PEAK_TFLOPS = {

@@ -104,10 +104,19 @@ def plan_layout(config: TrainerConfig, rollout: RolloutConfig) -> Layout:
         if device == "cpu" and processes > cores:
             logger.warning("%s=%d processes on %d core(s): they will wait for each other", key, processes, cores)
     engine_threads = max(1, cores // (replicas * width if device == "cpu" else ranks_here))
+    rank_cores = cores
+    if config.ahead and device == "cpu":  # they work at one time
+        engine_threads = rollout.cpu_threads or max(1, cores // (2 * replicas))
+        rank_cores = max(1, cores - replicas * engine_threads)
+    if config.ahead and device == "cuda" and not dedicated:
+        raise ValueError(
+            "trainer.ahead=1, and the engines share the trainer's GPUs, so that only one of both can work: give them "
+            "GPUs of their own with worker.rollout.dedicated_gpus"
+        )
     return Layout(
         device=device,
         ranks=ranks,
-        rank_threads=max(1, cores // ranks_here),
+        rank_threads=max(1, rank_cores // ranks_here),
         rollout_threads=min(rollout.cpu_threads or engine_threads, cores),
         replicas=replicas,
         gpus_per_replica=width,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import ray
 from ray.exceptions import RayTaskError
@@ -20,11 +20,25 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
+class Tally:
+    """What became of all responses that were graded for a step or a validation."""
+
+    graded: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def metrics(self) -> dict[str, float]:
+        """`failed_frac`, and `failed/REASON` for each reason: shares of what was graded."""
+        shares = {f"failed/{reason}": count / self.graded for reason, count in self.reasons.items()}
+        return {"failed_frac": self.reasons.total() / self.graded, **shares}
+
+
+@dataclass
 class Scoring:
-    """Responses that are being graded, and the list[Outcome] to come."""
+    """Responses that are being graded, the list[Outcome] to come, and where they are counted."""
 
     inputs: list[RewardInput]
     outcomes: ray.ObjectRef
+    tally: Tally
 
 
 class RewardGroup:
@@ -34,22 +48,19 @@ class RewardGroup:
     def __init__(self, config: Config, layout: Layout) -> None:
         worker = ray.remote(RewardWorker).options(**actor_options(layout, None, 0, 0, 1, **{WITHOUT_MODEL: "1"}))
         self.worker = worker.remote(config.worker.reward)
-        self.graded, self.reasons = 0, Counter[str]()
+        self.tally = Tally()
         self.failed: list[dict] = []
 
     def build(self) -> None:
         """Wait until everything is ready. Raises RewardError where a reward function cannot be loaded."""
         _get(self.worker.ready.remote())
 
-    def begin(self, expected: int) -> None:
-        """A step or a validation begins, in which `expected` responses or more will be graded."""
-        self.graded, self.reasons = 0, Counter()
+    def begin(self, expected: int) -> Tally:
+        """A step or a validation begins, in which `expected` responses or more will be graded; returns where all that
+        is graded from now on, until the next call, will be counted."""
+        self.tally = Tally()
         self.worker.begin.remote(expected)
-
-    def failures(self) -> dict[str, float]:
-        """`failed_frac`, and `failed/REASON` for each reason: shares of all that was graded since `begin`."""
-        shares = {f"failed/{reason}": count / self.graded for reason, count in self.reasons.items()}
-        return {"failed_frac": self.reasons.total() / self.graded, **shares}
+        return self.tally
 
     def take_failures(self) -> list[dict]:
         """Records of the responses that could not be graded since the last call."""
@@ -58,7 +69,7 @@ class RewardGroup:
 
     def start(self, inputs: list[RewardInput]) -> Scoring:
         """Begin to grade; `result` waits for the end."""
-        return Scoring(inputs, self.worker.score.remote(inputs))
+        return Scoring(inputs, self.worker.score.remote(inputs), self.tally)
 
     def result(self, scoring: Scoring) -> list[Outcome]:
         """One outcome per input. Raises RewardError as RewardManager.score does."""
@@ -68,8 +79,8 @@ class RewardGroup:
             self.failed += error.failures
             raise
         failed = [(i, o.failure) for i, o in zip(scoring.inputs, outcomes, strict=True) if o.failure]
-        self.graded += len(outcomes)
-        self.reasons.update(failure.reason for _, failure in failed)
+        scoring.tally.graded += len(outcomes)
+        scoring.tally.reasons.update(failure.reason for _, failure in failed)
         if failed:
             self.failed += [record(*pair) for pair in failed]
             logger.warning(

@@ -28,12 +28,14 @@ NEEDED = ("uid", "prompt_ids", "prompt_mask", "prompt_positions", "mm_inputs")
 
 @dataclass
 class Rollout:
-    """Responses that are being generated: the rows of each replica that has some, and its answer to come."""
+    """Responses that are being generated: the rows of each replica that has some, and its answer to come. `ahead`: the
+    trainer's weights may change before they are done."""
 
     prompts: DataProto
     sampling: list[SamplingParams]
     rows: dict[int, list[int]]
     answers: dict[int, ray.ObjectRef]
+    ahead: bool = False
 
 
 class RolloutGroup:
@@ -61,22 +63,27 @@ class RolloutGroup:
         """Wait for all engines. One that cannot start at all is not tried again: its error is raised."""
         self.process_ids()
 
+    def engine_seconds(self) -> float:
+        """Duration of the last generation, of the replica that was longest at it."""
+        asked = Receivers(dict(enumerate(self.replicas)))
+        return max([0.0, *asked.call(RolloutWorker.engine_seconds)])
+
     def process_ids(self) -> list[int]:
         """Of each replica, on its node."""
         return ray.get([replica.ready.remote() for replica in self.replicas])
 
-    def generate(self, prompts: DataProto, sampling: list[SamplingParams]) -> Rollout:
+    def generate(self, prompts: DataProto, sampling: list[SamplingParams], ahead: bool = False) -> Rollout:
         """Begin to generate; `result` waits for the end."""
         prompts = prompts.select(NEEDED)
         shares = spread(prompts["prompt_mask"].sum(dim=1).tolist(), sampling, len(self.replicas))
-        rollout = Rollout(prompts, sampling, {i: rows for i, rows in enumerate(shares) if rows}, {})
+        rollout = Rollout(prompts, sampling, {i: rows for i, rows in enumerate(shares) if rows}, {}, ahead)
         for index in rollout.rows:
             self._ask(rollout, index)
         return rollout
 
     def result(self, rollout: Rollout) -> DataProto:
         """The responses to all prompts (see RolloutEngine.generate), with `weight_version`."""
-        parts = []
+        parts, newest = [], self.version + rollout.ahead
         for index in rollout.rows:
             while True:
                 try:
@@ -85,11 +92,8 @@ class RolloutGroup:
                 except RayError as error:
                     if isinstance(error, RayTaskError) and isinstance(error.cause, (ValueError, TypeError)):
                         raise  # a mistake in prompts or settings, which another try would only repeat
-                    self._restart([index], error, "generating")
-                    if self.actor is not None:
-                        self._sync([index])
-                    self._ask(rollout, index)
-            if (part["weight_version"] != self.version).any():
+                    self._ask_again(rollout, index, error)
+            if not (self.version <= part["weight_version"]).all() or (part["weight_version"] > newest).any():
                 raise RuntimeError(f"rollout replica {index} has weights of another version than {self.version}")
             parts.append(part)
         self.failures = 0
@@ -119,24 +123,36 @@ class RolloutGroup:
         worker = ray.remote(RolloutWorker).options(**options)
         return worker.remote(self.config, layout.device, layout.rollout_threads, index, seat.visible_gpus)
 
-    def _ask(self, rollout: Rollout, index: int) -> None:
+    def _ask(self, rollout: Rollout, index: int, replica: int | None = None) -> None:
+        """Ask for the share of the replica `index`, by default that one."""
         rows = rollout.rows[index]
         sampling = [rollout.sampling[row] for row in rows]
-        rollout.answers[index] = self.replicas[index].generate.remote(
+        rollout.answers[index] = self.replicas[index if replica is None else replica].generate.remote(
             rollout.prompts.rows(torch.tensor(rows)), sampling
         )
+
+    def _ask_again(self, rollout: Rollout, index: int, error: Exception) -> None:
+        """Have a failed replica's share generated, by the same weights where anybody has them: the trainer, or, ahead
+        of an update, another replica. Without one the newer weights do it, which the responses' version says."""
+        if rollout.ahead and len(self.replicas) > 1:
+            self._count_failure(f"rollout replica {index} failed while generating", error)
+            logger.warning("rollout replica %d failed while generating, and another takes its share: %s", index, error)
+            self._ask(rollout, index, (index + self.failures) % len(self.replicas))
+            return
+        self._restart([index], error, "generating")
+        if self.actor is not None:
+            if rollout.ahead:
+                logger.warning("its share is drawn by the new weights: the old ones went with it")
+            self.version += rollout.ahead
+            self._sync([index])
+            self.version -= rollout.ahead
+        self._ask(rollout, index)
 
     def _restart(self, indices: list[int], error: Exception, doing: str) -> None:
         """Start replicas again after `error`. Raises RuntimeError, with it, where that has happened too often."""
         while True:
-            self.failures += 1
-            limit = self.config.worker.rollout.max_failures
             what = f"rollout replica {', '.join(map(str, indices))} failed while {doing}"
-            if self.failures >= limit:
-                raise RuntimeError(
-                    f"{what}, failure {self.failures} in a row (worker.rollout.max_failures={limit}). The engine's "
-                    f"own error:\n{error}"
-                ) from error
+            limit = self._count_failure(what, error)
             logger.warning("%s and is started again (failure %d of %d): %s", what, self.failures, limit, error)
             self.connected = None
             for index in indices:
@@ -150,6 +166,18 @@ class RolloutGroup:
                 return
             except RayError as again:
                 error, doing = again, "starting"
+
+    def _count_failure(self, what: str, error: Exception) -> int:
+        """Count one more failure in a row; returns how many stop the run. Raises RuntimeError where they are that
+        many."""
+        self.failures += 1
+        limit = self.config.worker.rollout.max_failures
+        if self.failures >= limit:
+            raise RuntimeError(
+                f"{what}, failure {self.failures} in a row (worker.rollout.max_failures={limit}). The engine's own "
+                f"error:\n{error}"
+            ) from error
+        return limit
 
     def _sync(self, indices: list[int]) -> None:
         """Send the weights until all of these replicas have them."""
@@ -224,10 +252,10 @@ class Receivers:
     def alive(self) -> list[int]:
         return [index for index in self.replicas if index not in self.lost]
 
-    def call(self, method: Callable, *arguments: Any) -> None:
-        """Call `method` on every replica, behind what it is at, and wait for all."""
+    def call(self, method: Callable, *arguments: Any) -> list[Any]:
+        """Call `method` on every replica, behind what it is at, and wait for all; returns what those that live say."""
         self.start(method, *arguments)
-        self.wait()
+        return self.wait()
 
     def start(self, method: Callable, *arguments: Any) -> None:
         self.wait()
@@ -237,13 +265,14 @@ class Receivers:
     def start_one(self, index: int, method: Callable, *arguments: Any) -> None:
         self.calls[index] = getattr(self.replicas[index], method.__name__).remote(*arguments)
 
-    def wait(self) -> None:
-        calls, self.calls = self.calls, {}
+    def wait(self) -> list[Any]:
+        calls, self.calls, found = self.calls, {}, []
         for index, call in calls.items():
             try:
-                ray.get(call)
+                found.append(ray.get(call))
             except RayActorError as error:
                 self.lost[index] = error
+        return found
 
 
 def choose_carrier(name: str, layout: Layout) -> str:

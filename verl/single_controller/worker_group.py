@@ -87,12 +87,16 @@ class WorkerGroup:
         order = torch.cat([share.rows for share in self.shares]).argsort()
         return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
 
-    def scatter(self, method: Callable, columns: DataProto, *args: Any) -> list[Any]:
-        """Call `method` on every rank with these columns of its own rows; returns their results by rank."""
-        calls = zip(self.workers, self.shares, strict=True)
-        return ray.get(
-            [getattr(worker, method.__name__).remote(columns.rows(share.rows), *args) for worker, share in calls]
-        )
+    def scatter(
+        self, method: Callable, columns: DataProto, *args: Any, meanwhile: Callable[[], None] | None = None
+    ) -> list[Any]:
+        """Call `method` on every rank with these columns of its own rows; returns their results by rank. While they
+        work, `meanwhile` is called."""
+        pairs = zip(self.workers, self.shares, strict=True)
+        calls = [getattr(worker, method.__name__).remote(columns.rows(share.rows), *args) for worker, share in pairs]
+        if meanwhile is not None:
+            meanwhile()
+        return ray.get(calls)
 
 
 class LogProbGroup(WorkerGroup):
@@ -149,9 +153,11 @@ class ActorGroup(LogProbGroup):
         """`log_probs` [B, R] of the step's rows by the policy with its adapter switched off."""
         return self.gather(ActorWorker.compute_reference_log_probs)
 
-    def update_policy(self, columns: DataProto, coefs: dict[str, float]) -> MetricBag:
+    def update_policy(
+        self, columns: DataProto, coefs: dict[str, float], meanwhile: Callable[[], None] | None = None
+    ) -> MetricBag:
         """Train on the step's rows with further columns; `coefs` are the coefficients of the loss terms in it."""
-        return MetricBag.merged(self.scatter(ActorWorker.update_policy, columns, coefs))
+        return MetricBag.merged(self.scatter(ActorWorker.update_policy, columns, coefs, meanwhile=meanwhile))
 
     def shown(self) -> dict[int, dict[str, torch.Tensor]]:
         """By number, the columns of the step's first rows that the update computed (see DataParallelActor.shown)."""

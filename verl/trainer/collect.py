@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,6 +19,7 @@ from verl.data.thumbnails import thumbnails, views_to_show
 from verl.data.views import add_view
 from verl.data.vision import VisionProcessor
 from verl.protocol import DataProto, object_array
+from verl.single_controller.reward_group import Tally
 from verl.single_controller.rollout_group import Rollout
 from verl.trainer.plan import Plan
 from verl.trainer.samples import Pictures
@@ -31,11 +33,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Pending:
-    """Responses that are being generated."""
+    """Responses that are being generated; `rows` has the rows that they will be in, with every view, once made."""
 
     epoch: int
     prompts: DataProto
     rollout: Rollout
+    rows: DataProto | None = None
 
 
 @dataclass
@@ -46,15 +49,21 @@ class Rows:
         inputs: Inputs of the reward, one per row.
         outcomes: Waits for the grading and returns it.
         mini_batches: Number of updates that the rows make.
+        tally: Counts all that was graded for these rows, dropped groups and baselines included.
         pictures: Thumbnails of the first `trainer.samples_per_step` rows.
+        failures: Records of responses that could not be graded, of rows that were made ahead of their step.
+        step: Steps that were done when they were drawn.
     """
 
     batch: DataProto
     inputs: list[RewardInput]
     outcomes: Callable[[], list[Outcome]]
     mini_batches: int
+    tally: Tally
     metrics: dict[str, float] = field(default_factory=dict)
     pictures: list[Pictures] = field(default_factory=list)
+    failures: list[dict] = field(default_factory=list)
+    step: int = 0
 
 
 class Collector:
@@ -75,17 +84,22 @@ class Collector:
         views = plan.config.algorithm.views
         self.views = views_to_show({view: views[view] for view in plan.requirements.views})
 
-    def begin(self) -> Pending | None:
-        """Begin to generate for a step, and let the reward count anew; None where enough rows wait already."""
-        sizes = self.plan.sizes
-        per_prompt = sizes.responses_per_prompt + self.plan.requirements.baseline
-        self.workers.reward.begin(sizes.prompts_per_step * per_prompt)
+    def begin(self, ahead: bool = False) -> Pending | None:
+        """Begin to generate for a step, or `ahead` of the step before; None where enough rows wait already."""
         if self.config.algorithm.online_filtering and self._missing(self.state.waiting) <= 0:
             return None
-        return self._begin()
+        return self._begin(ahead)
+
+    def make_views(self, pending: Pending | None) -> None:
+        """Make the views of what is being generated, which `finish` does otherwise."""
+        if pending is not None and pending.rows is None:
+            pending.rows = self._views(pending)
 
     def finish(self, pending: Pending | None) -> Rows | None:
-        """The rows of the step that `begin` began; None where filtering has left none."""
+        """The rows of the step that `begin` began; None where filtering has left none. The reward counts anew."""
+        sizes = self.plan.sizes
+        per_prompt = sizes.responses_per_prompt + self.plan.requirements.baseline
+        tally = self.workers.reward.begin(sizes.prompts_per_step * per_prompt)
         if self.config.algorithm.online_filtering:
             rows, metrics = self._filtered(pending)
             rows, mini_batches = self._cut(rows)
@@ -93,14 +107,31 @@ class Collector:
                 return None
             waiting = self.state.waiting
             metrics["train/filter_waiting_groups"] = len(waiting or ()) / self.plan.sizes.responses_per_prompt
-            inputs = reward_inputs(self.plan.vision, rows, self.state.step)
-            outcomes: Callable[[], list[Outcome]] = partial(list, rows["outcome"])
         else:
             rows, metrics, mini_batches = self._finish(pending), {}, self.plan.sizes.mini_batches
-            inputs = reward_inputs(self.plan.vision, rows, self.state.step)
-            outcomes = partial(self.workers.reward.result, self.workers.reward.start(inputs))
         self.workers.rollout.sleep()
-        return Rows(whole_sequences(rows), inputs, outcomes, mini_batches, metrics, self._pictures(rows))
+        found = self._with_grading(whole_sequences(rows), mini_batches, self.state.step, tally)
+        found.metrics, found.pictures = metrics, self._pictures(rows)
+        return found
+
+    def _with_grading(self, rows: DataProto, mini_batches: int, step: int, tally: Tally) -> Rows:
+        """Whole rows of a step, with their grading: what a filter has seen of it, or what begins here."""
+        inputs = reward_inputs(self.plan.vision, rows, step)
+        if "outcome" in rows:
+            outcomes: Callable[[], list[Outcome]] = partial(list, rows["outcome"])
+        else:
+            outcomes = partial(self.workers.reward.result, self.workers.reward.start(inputs))
+        return Rows(rows, inputs, outcomes, mini_batches, tally, step=step)
+
+    def take_ahead(self) -> Rows | None:
+        """The rows that were made ahead of this step, in this process or in the one that saved the checkpoint."""
+        rows, self.state.ahead = self.state.ahead, None
+        if isinstance(rows, dict):
+            tally = self.workers.reward.begin(len(rows["batch"]))
+            tally.graded, tally.reasons = rows["graded"], Counter(rows["reasons"])
+            made = self._with_grading(rows["batch"], rows["mini_batches"], rows["step"], tally)
+            return replace(made, metrics=rows["metrics"], failures=rows["failures"])
+        return rows
 
     def _pictures(self, rows: DataProto) -> list[Pictures]:
         """Thumbnails of the first rows, in their masks; rows that a checkpoint has brought have none."""
@@ -117,25 +148,28 @@ class Collector:
         """How many rows a step lacks beside these."""
         return self.plan.sizes.responses_per_step - len(rows or ())
 
-    def _begin(self) -> Pending:
+    def _begin(self, ahead: bool = False) -> Pending:
         epoch, prompts = next(self.state.prompts)
         rollout, longest = self.config.worker.rollout, self.config.data.max_response_length
         asked, sampling = prompts, train_sampling(rollout, longest, list(prompts["uid"]), epoch)
         if self.plan.requirements.baseline:  # further requests of the same batch, so that no engine waits for them
             asked = DataProto.concat([prompts, prompts])
             sampling += [replace(request, n=1, temperature=0.0) for request in sampling]
-        return Pending(epoch, prompts, self.workers.rollout.generate(asked, sampling))
+        return Pending(epoch, prompts, self.workers.rollout.generate(asked, sampling, ahead))
 
     def _finish(self, pending: Pending) -> DataProto:
         """A row for each response, with every view, and without the pictures."""
-        rows = add_views(self.plan, pending.prompts, pending.epoch)  # while the engine generates
-        pairs = zip(pending.prompts["uid"], pending.prompts["images"], strict=True)
-        self.sources |= {uid: (images, pending.epoch) for uid, images in pairs}
+        rows = pending.rows or self._views(pending)  # while the engine generates
         responses = self.workers.rollout.result(pending.rollout)
         if self.plan.requirements.baseline:
             greedy = responses.rows(slice(len(rows), None))
             rows = rows.with_columns({"baseline_scores": self._baseline(pending.prompts, greedy)})
         return rows.with_columns(responses.rows(slice(0, len(rows))).tensors)
+
+    def _views(self, pending: Pending) -> DataProto:
+        pairs = zip(pending.prompts["uid"], pending.prompts["images"], strict=True)
+        self.sources |= {uid: (images, pending.epoch) for uid, images in pairs}
+        return add_views(self.plan, pending.prompts, pending.epoch)
 
     def _baseline(self, prompts: DataProto, greedy: DataProto) -> torch.Tensor:
         """[B] for each row of a step, the reward of its prompt's greedy response; NaN where that was not graded."""

@@ -26,7 +26,7 @@ from verl.single_controller.resources import start_ray
 from verl.trainer.collect import Collector
 from verl.trainer.plan import Plan
 from verl.trainer.state import TrainState
-from verl.trainer.step import prepare, update
+from verl.trainer.step import prepare, sync, update
 from verl.trainer.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ def dry_run(plan: Plan) -> list[str]:
                     rows = collector.finish(collector.begin())
                 batch = prepare(plan, workers, state, rows, timings)
                 update(plan, workers, batch, step, 1.0, timings)
+                sync(workers, timings)
         return report(timings, workers)
     finally:
         ray.shutdown()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import ray
@@ -11,7 +13,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from verl.config.algorithm import WatchdogAction
-from verl.metrics.machine import Timings, host_memory
+from verl.metrics.machine import Overlap, Timings, host_memory
 from verl.single_controller.resources import start_ray
 from verl.tracking import Trackers
 from verl.trainer.checkpoints import (
@@ -27,7 +29,7 @@ from verl.trainer.interrupts import Interrupts, RunInterrupted
 from verl.trainer.plan import Plan
 from verl.trainer.run_dir import RunDir
 from verl.trainer.state import TrainState
-from verl.trainer.step import Batch, prepare, speed, update
+from verl.trainer.step import Batch, prepare, speed, sync, update
 from verl.trainer.validation import Validation, for_summary
 from verl.trainer.workers import Workers
 
@@ -179,23 +181,38 @@ class RayTrainer:
         return state.validations
 
     def _step(self, step: int, interrupts: Interrupts) -> tuple[Batch | None, dict[str, float]]:
-        """Generate, score, compute log-probs and advantages, update, and give the engines the new weights."""
+        """Generate, score, compute log-probs and advantages, update, and give the engines the new weights; with
+        `trainer.ahead` also generate for the next step, before they have them."""
         plan, workers, state, timings = self.plan, self.workers, self.state, Timings()
+        looks_ahead = self.config.ahead and step < plan.total_steps
         before = self.keeper.driver_state() if interrupts.stops_now else {}
         try:
             interrupts.begin_step()  # from here on a signal may come as KeyboardInterrupt
             with timings("step"):
                 with timings("rollout"):
-                    pending = self.collector.begin()
-                    rows = self.collector.finish(pending)
+                    rows = self.collector.take_ahead() or self.collector.finish(self.collector.begin())
+                overlap = Overlap(timings)
+                following = self.collector.begin(ahead=True) if looks_ahead else None
                 batch = rows and prepare(plan, workers, state, rows, timings)
                 interrupts.begin_update()
+                if batch is not None:
+                    scale, meanwhile = state.watchdog.scale, partial(self.collector.make_views, following)
+                    metrics = update(plan, workers, batch, step, scale, timings, meanwhile)
+                    self._write_failures(step, rows.failures)
+                overlap.trained()
+                if looks_ahead:
+                    with timings("rollout"):
+                        state.ahead = self.collector.finish(following)
+                    if state.ahead is not None:
+                        state.ahead.failures = workers.reward.take_failures()
                 if batch is None:
                     logger.warning("step %d has nothing to train on: every group was all right or all wrong", step)
                     return None, {"train/empty_step": 1.0}
-                metrics = update(plan, workers, batch, step, state.watchdog.scale, timings)
+                sync(workers, timings)
         except KeyboardInterrupt:
             self._end(interrupts, before)
+        if looks_ahead:
+            metrics |= overlap.metrics(workers.rollout.engine_seconds())
         return batch, {**metrics, **speed(rows.batch, timings), **host_memory()}
 
     def _record(self, step: int, batch: Batch | None, metrics: dict[str, float]) -> bool:
@@ -225,8 +242,8 @@ class RayTrainer:
             self.keeper.poll()
         return self.listener.done(step, metrics, saved)
 
-    def _write_failures(self, step: int) -> None:
-        self.run_dir.add_failures(step, self.workers.reward.take_failures())
+    def _write_failures(self, step: int, earlier: Sequence[dict] = ()) -> None:
+        self.run_dir.add_failures(step, [*earlier, *self.workers.reward.take_failures()])
 
     def _end(self, interrupts: Interrupts, state: dict[str, Any]) -> NoReturn:
         """Save where the run stands, if no checkpoint has that yet. Raises RunInterrupted, or SaveFailed."""

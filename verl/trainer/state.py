@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from verl.algorithms.rewards import RewardKL
 from verl.config.algorithm import KLController
@@ -18,6 +18,9 @@ from verl.trainer.watchdog import Watchdog
 from verl.utils.rng import rng_state, set_rng_state
 from verl.workers.reward.base import Failure, Outcome
 
+if TYPE_CHECKING:
+    from verl.trainer.collect import Rows
+
 logger = logging.getLogger(__name__)
 
 PROGRESS = ("step", "stopped", "validations", "best", "best_step", "seconds")
@@ -29,6 +32,7 @@ class TrainState:
 
     Attributes:
         waiting: Rows that were generated and not trained on yet (`algorithm.online_filtering`).
+        ahead: Rows of the next step, which older weights have drawn (`trainer.ahead`); from a checkpoint, their parts.
         step: The last one that is done.
         stopped: Whether the watchdog has ended the run there.
         validations: Their entries of summary.json so far.
@@ -40,6 +44,7 @@ class TrainState:
     watchdog: Watchdog
     reward_kl: RewardKL
     waiting: DataProto | None = None
+    ahead: Rows | dict[str, Any] | None = None
     step: int = 0
     stopped: bool = False
     validations: dict[str, float] = field(default_factory=dict)
@@ -77,10 +82,21 @@ class TrainState:
             "seconds": self.total_seconds(),
             "prompts": self.prompts.state_dict(),
             "waiting": None if self.waiting is None else rows_to_plain(self.waiting),
+            "ahead": self._ahead_to_plain(),
             "watchdog": self.watchdog.state_dict(),
             "reward_kl_coef": self.reward_kl.coef,
             "rng": rng_state(),
         }
+
+    def _ahead_to_plain(self) -> dict[str, Any] | None:
+        rows = self.ahead
+        if rows is None:
+            return None
+        if isinstance(rows, dict):  # from a checkpoint, and not taken yet
+            return {**rows, "batch": rows_to_plain(rows["batch"])}
+        names = ("mini_batches", "metrics", "failures", "step")
+        plain = {"batch": rows_to_plain(rows.batch), **{name: getattr(rows, name) for name in names}}
+        return {**plain, "graded": rows.tally.graded, "reasons": dict(rows.tally.reasons)}
 
     def load_state_dict(self, state: dict[str, Any], config: Config, changed: set[str]) -> None:
         """Go on from there; `changed` are the keys of the config that are no longer what they were."""
@@ -97,10 +113,14 @@ class TrainState:
             place = {**place, "drawn": 0}
         self.prompts.load_state_dict(place)
         other = sorted(k for k in changed if k.startswith(("algorithm.", "data.", "worker.rollout.n")))
-        if state["waiting"] is not None and other:
+        kept = {name: state.get(name) for name in ("waiting", "ahead") if state.get(name) is not None}
+        if kept and other:
             logger.warning("responses that waited for the next step are dropped, since %s changed", ", ".join(other))
-        elif state["waiting"] is not None:
-            self.waiting = rows_from_plain(state["waiting"])
+            kept = {}
+        if "waiting" in kept:
+            self.waiting = rows_from_plain(kept["waiting"])
+        if "ahead" in kept:
+            self.ahead = {**kept["ahead"], "batch": rows_from_plain(kept["ahead"]["batch"])}
         self.watchdog.load_state_dict(state["watchdog"])
         if config.algorithm.reward_kl.controller == KLController.adaptive:
             self.reward_kl.coef = state["reward_kl_coef"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +60,7 @@ def prepare(plan: Plan, workers: Workers, state: TrainState, rows: Rows, timings
         **reward_metrics(outcomes, group),
         **rows.metrics,
         **found,
-        **{f"reward/{name}": share for name, share in workers.reward.failures().items()},
+        **{f"reward/{name}": share for name, share in rows.tally.metrics().items()},
         **rollout_metrics(batch, config.data.max_response_length, version),
     }
     records = samples(batch, rows.inputs, outcomes, config.trainer.samples_per_step)
@@ -67,12 +68,21 @@ def prepare(plan: Plan, workers: Workers, state: TrainState, rows: Rows, timings
     return Batch(columns, at_actor, metrics | work, records)
 
 
-def update(plan: Plan, workers: Workers, batch: Batch, step: int, scale: float, timings: Timings) -> dict[str, float]:
-    """Train the critic, where there is one, and the policy, unless the critic is still ahead of it, and give the
-    engines the new weights; returns the metrics of the whole step.
+def update(
+    plan: Plan,
+    workers: Workers,
+    batch: Batch,
+    step: int,
+    scale: float,
+    timings: Timings,
+    meanwhile: Callable[[], None] | None = None,
+) -> dict[str, float]:
+    """Train the critic, where there is one, and the policy, unless the critic is still ahead of it; returns the
+    metrics of the whole step.
 
     Args:
         scale: Multiplies the coefficients of maximised terms.
+        meanwhile: Is called while the policy trains.
     """
     metrics, shown = batch.metrics, {}
     if plan.requirements.critic:
@@ -84,14 +94,19 @@ def update(plan: Plan, workers: Workers, batch: Batch, step: int, scale: float, 
             coefs = coefficients(plan.terms, step, plan.total_steps, scale)
             columns = update_columns(plan.requirements, batch)
             metrics["perf/ray_mb"] += size_in_bytes(columns) / 2**20
-            metrics |= workers.actor.update_policy(columns, coefs).result()
+            metrics |= workers.actor.update_policy(columns, coefs, meanwhile).result()
             shown = workers.actor.shown() if plan.requirements.live_views and batch.samples else {}
         metrics |= moving(plan.terms, coefs)
     add_tokens(batch.samples, batch.columns, plan.vision.tokenizer, plan.requirements.views, shown)
+    if not plan.config.trainer.ahead:  # there the policies are a step apart
+        warn_of_mismatch(metrics, plan.config.worker.rollout)
+    return metrics
+
+
+def sync(workers: Workers, timings: Timings) -> None:
+    """Give the engines the new weights."""
     with timings("weight_sync"):
         workers.rollout.sync_weights(workers.actor)
-    warn_of_mismatch(metrics, plan.config.worker.rollout)
-    return metrics
 
 
 def hand_out(plan: Plan, workers: Workers, rows: Rows) -> dict[str, float]:
@@ -114,6 +129,7 @@ def run_passes(plan: Plan, workers: Workers, batch: DataProto, timings: Timings)
     # Older weights drew the responses that have waited for this step, and only the engine has their log-probs.
     waited = batch["weight_version"] != workers.rollout.version
     keeps = requirements.old and plan.config.algorithm.old_log_probs == OldLogProbs.auto and bool(waited.any())
+    keeps = keeps and not plan.config.trainer.ahead  # whose truncated weights correct for it
     views = [ORIGINAL] * (keeps or requirements.old_pass) + list(requirements.stored_views)
     if views:
         with timings("log_probs"):
@@ -217,6 +233,7 @@ def rollout_metrics(batch: DataProto, max_response_length: int, version: int) ->
         "rollout/truncated": (lengths >= max_response_length).double().mean().item(),
     }
     metrics["rollout/weight_version"] = batch["weight_version"].double().mean().item()
+    metrics["rollout/staleness"] = version - metrics["rollout/weight_version"]
     mask = mask & (batch["weight_version"] == version)[:, None]
     if "old_log_probs" in batch and mask.any():
         rollout, trainer = (batch[name][mask].double() for name in ("rollout_log_probs", "old_log_probs"))

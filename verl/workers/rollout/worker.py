@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import torch
@@ -30,6 +31,10 @@ class RolloutWorker:
         device = torch.device(device_type, 0) if device_type == "cuda" else torch.device("cpu")
         self.engine = ENGINES[config.worker.rollout.name](config, self.special, device)
         self.version = 0
+        self.seconds = 0.0  # that the last generation took
+
+    def engine_seconds(self) -> float:
+        return self.seconds
 
     def ready(self) -> int:
         """Returns, with the process id, when the engine has been built; raises what kept it from that."""
@@ -37,7 +42,9 @@ class RolloutWorker:
 
     def generate(self, prompts: DataProto, sampling: list[SamplingParams]) -> DataProto:
         """The engine's responses, each stamped with the version of the weights that made it."""
+        start = time.perf_counter()
         responses = self.engine.generate(prompts, sampling)
+        self.seconds = time.perf_counter() - start
         uids = [uid for uid, params in zip(prompts["uid"], sampling, strict=True) for _ in range(params.n)]
         check_responses(responses, self.special.banned, uids)
         return responses.with_columns({"weight_version": torch.full((len(responses),), self.version)})
