@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -30,7 +31,7 @@ HERE = Path(__file__).resolve().parent.parent
 VARIANTS = {
     "grpo": ("grpo", []),
     "papo, stored view": ("papo_grpo", ["algorithm.views.masked.grad=false"]),
-    "papo, live view": ("papo_grpo", []),
+    "papo, live view": ("papo_grpo", ["algorithm.views.masked.grad=true"]),
 }
 STEPS, WARM_UP, SIDE, PROMPTS, RESPONSES, LENGTH = 4, 1, 448, 4, 8, 128
 
@@ -63,8 +64,10 @@ def make_inputs(folder: Path) -> None:
     )
 
 
-def run(tree: Path, folder: Path, name: str, options: argparse.Namespace) -> dict[str, float]:
-    """Medians of a variant's metrics over the steps behind the first."""
+def run(
+    tree: Path, folder: Path, name: str, options: argparse.Namespace, cores: set[int] | None = None
+) -> dict[str, float]:
+    """Medians of a variant's metrics over the steps behind the first; `cores` are those that it may use."""
     preset, overrides = VARIANTS[name]
     out = folder / "out" / f"{tree.name}-{name.replace(', ', '-').replace(' ', '-')}"
     given = [
@@ -88,14 +91,20 @@ def run(tree: Path, folder: Path, name: str, options: argparse.Namespace) -> dic
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONHASHSEED": "0"}
     command = [sys.executable, "-m", "verl.trainer.main", "--config-name", preset, *given, *overrides]
     done = subprocess.run(
-        [*command, *options.overrides], cwd=tree, env=environment, capture_output=True, text=True, check=False
+        [*command, *options.overrides],
+        cwd=tree,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=None if cores is None else partial(os.sched_setaffinity, 0, cores),
     )
     if done.returncode:
         raise RuntimeError(f"{name} in {tree} failed:\n{done.stderr[-4000:]}")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "timing_s/step" in line][WARM_UP:]
     return {
-        key: statistics.median(line[key] for line in steps)
+        key: statistics.median(line[key] for line in steps if key in line)
         for key in steps[0]
         if isinstance(steps[0][key], (int, float))
     }

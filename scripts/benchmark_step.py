@@ -1,6 +1,7 @@
 """Packed rows with shared prefixes against padded rows of plain transformers: the update and a pass without gradient.
 
     python scripts/benchmark_step.py [--n 8 --prompts 1 --response 128 --image 448 --views 2 --threads 1 --repeats 3]
+    python scripts/benchmark_step.py --ahead      # whole steps: generation and training at one time
 
 A Qwen2.5-VL of 28 million random weights answers prompts of an image and a few words; both sides see the same token ids
 and the same pictures, the tower once per different picture. Prints seconds, their ratio in this run, and the share of
@@ -12,8 +13,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -140,13 +143,42 @@ def operations(model: torch.nn.Module, run: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
+def ahead() -> dict[str, float]:
+    """A step with trainer.ahead=1 on two cores, one for the engine and one for the only rank, against generation and
+    the rest of a step one after the other on one core."""
+    from benchmark_run import HERE, make_inputs, run
+
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise SystemExit("--ahead needs two cores")
+    options = argparse.Namespace(engine="hf", ranks=1, overrides=["algorithm.terms.policy.tis=token"])
+    options.overrides += ["worker.rollout.cpu_threads=1", "trainer.max_steps=6"]
+    with tempfile.TemporaryDirectory() as scratch:
+        make_inputs(Path(scratch))
+        alone = run(HERE, Path(scratch), "papo, stored view", options, {cores[0]})
+        options.overrides.append("trainer.ahead=1")
+        both = run(HERE, Path(scratch), "papo, stored view", options, set(cores[:2]))
+    generation, step = alone["timing_s/rollout"], both["timing_s/step"]
+    rest = alone["timing_s/step"] - generation
+    found = {"ratio": step / max(generation, rest), "faster": alone["timing_s/step"] / step}
+    sys.stdout.write(
+        f"one after the other: generation {generation:.2f} s, the rest {rest:.2f} s; one step ahead {step:.2f} s:\n"
+        f"{found['ratio']:.2f} of the longer one, {found['faster']:.2f} times faster (engine idle "
+        f"{both['perf/idle_engine_frac']:.0%}, trainer idle {both['perf/idle_trainer_frac']:.0%})\n"
+    )
+    return found
+
+
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, default in (("n", 8), ("prompts", 1), ("response", 128), ("image", 448), ("words", 19), ("views", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--ahead", action="store_true", help="whole steps with trainer.ahead=1 instead")
     options = parser.parse_args(arguments)
+    if options.ahead:
+        return ahead()
     torch.set_num_threads(options.threads)
     plain, inner = build(), build()
     use_segments(inner)

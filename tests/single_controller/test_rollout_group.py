@@ -123,6 +123,8 @@ def test_without_another_replica_the_new_weights_draw_what_was_lost(cluster, ass
     assert (found["weight_version"] == version + 1).all() and "the old ones went with it" in caplog.text
     cluster.rollout.sync_weights(cluster.actor)
     assert torch.equal(generate(cluster, prompts, sampling)["responses"], found["responses"])
+    monkeypatch.undo()
+    cluster.rollout.sync_weights(cluster.actor)  # both are there for the other tests
 
 
 def test_a_replica_that_died_between_steps_is_there_again_after_the_sync(cluster):

@@ -29,7 +29,7 @@ class Engine:
     def __init__(self, pad: int) -> None:
         self.pad, self.asked, self.asleep = pad, 0, False
 
-    def generate(self, prompts, sampling):
+    def generate(self, prompts, sampling, ahead=False):
         self.asked += 1
         self.asleep = False
         return [int(uid.rpartition(":")[2]) for uid in prompts["uid"]]

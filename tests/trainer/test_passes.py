@@ -111,6 +111,7 @@ def test_a_signal_between_two_steps_saves_before_it_ends(monkeypatch):
     trainer = object.__new__(RayTrainer)
     trainer.run_dir = SimpleNamespace(sync=lambda: None)
     trainer.plan = trainer.workers = trainer.state = None
+    trainer.config = SimpleNamespace(ahead=0)
     trainer.keeper = SimpleNamespace(
         save_once=saved.append, close=lambda: None, driver_state=lambda: {"step": 6, "best_step": None}
     )

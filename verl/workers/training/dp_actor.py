@@ -164,7 +164,7 @@ class DataParallelActor:
 
     def _keep(self, rows: DataProto, live: dict[str, torch.Tensor]) -> None:
         """Keep the columns of the rows to be shown, of the first epoch."""
-        for place, number in enumerate(rows["row"].tolist() if self.show else ()):
+        for place, number in enumerate(rows["row"].tolist() if self.show and "row" in rows else ()):
             if number < self.show and number not in self.shown and rows["response_mask"][place].any():
                 self.shown[number] = {name: column[place].detach().float().cpu() for name, column in live.items()}
 
