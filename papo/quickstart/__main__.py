@@ -16,12 +16,15 @@ import torch
 from papo.quickstart.digits import build_data
 from papo.quickstart.hints import TASKS, build_hinted_data
 from papo.quickstart.tiny_vlm import build_model
-from papo.quickstart.warm_start import WarmStartSettings, warm_start
+from papo.quickstart.warm_start import WarmStartSettings, given_start, warm_start
 from verl.data.rows import IMAGE_MARKER, load_template
 from verl.utils.process import LOG_FORMAT, keep_freed_memory, quiet_libraries
 
 logger = logging.getLogger("papo.quickstart")
 
+# Models that the study began with. How well a start reads when its loss is reached depends on the machine's rounding, and
+# what reinforcement learning makes of it depends on that.
+STARTS = Path(__file__).resolve().parents[2] / "examples" / "study" / "starts"
 FORMAT_PROMPT = Path(__file__).resolve().parents[2] / "examples" / "format_prompt" / "math_perception.jinja"
 
 
@@ -39,6 +42,9 @@ def prepare(out_dir: Path, format_prompt: Path, seed: int = 0, task: str = "digi
     corpus = {template.render(content=row["problem"]).replace(IMAGE_MARKER, "") for row in rows}
     corpus |= {row["solution"] for row in rows}
     base = build_model(out_dir / "base", corpus, seed=seed)
+    start = STARTS / f"{task}.safetensors"
+    if start.is_file() and seed == 0:
+        return given_start(base, start, out_dir / "model")
     settings = WarmStartSettings() if task == "digits" else WarmStartSettings(target_loss=TASKS[task].target_loss)
     return warm_start(base, sft, out_dir / "model", format_prompt, seed, settings)
 

@@ -6,7 +6,9 @@ repeats its own mistakes and learns nothing more, so this stops early, at half o
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import shutil
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -98,6 +100,18 @@ def warm_start(
         policy.inner.save_pretrained(folder)
         vision.processor.save_pretrained(folder)
     logger.info("Wrote the warm-started model to %s.", out_dir)
+    return out_dir
+
+
+def given_start(base_dir: Path, weights: Path, out_dir: Path) -> Path:
+    """The model in `base_dir` with the weights of a safetensors file, as a folder; or reuse what is there."""
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    recipe = {"kind": "given_start", "base": (base_dir / SETTINGS_FILE).read_text(), "weights": digest}
+    if not is_current(out_dir, recipe):
+        with new_folder(out_dir, recipe) as folder:
+            shutil.copytree(base_dir, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(SETTINGS_FILE))
+            shutil.copyfile(weights, folder / "model.safetensors")
+        logger.info("The start is %s.", weights)
     return out_dir
 
 

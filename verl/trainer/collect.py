@@ -80,15 +80,17 @@ class Collector:
         self.config = plan.config
         self.workers = workers
         self.state = state
+        self.ahead = False
         self.sources: dict[str, tuple[list[Image.Image], int]] = {}  # pictures and epoch of recent prompts, by uid
         views = plan.config.algorithm.views
         self.views = views_to_show({view: views[view] for view in plan.requirements.views})
 
     def begin(self, ahead: bool = False) -> Pending | None:
         """Begin to generate for a step, or `ahead` of the step before; None where enough rows wait already."""
+        self.ahead = ahead  # of the further generations that a filter may need, too
         if self.config.algorithm.online_filtering and self._missing(self.state.waiting) <= 0:
             return None
-        return self._begin(ahead)
+        return self._begin()
 
     def make_views(self, pending: Pending | None) -> None:
         """Make the views of what is being generated, which `finish` does otherwise."""
@@ -148,14 +150,14 @@ class Collector:
         """How many rows a step lacks beside these."""
         return self.plan.sizes.responses_per_step - len(rows or ())
 
-    def _begin(self, ahead: bool = False) -> Pending:
+    def _begin(self) -> Pending:
         epoch, prompts = next(self.state.prompts)
         rollout, longest = self.config.worker.rollout, self.config.data.max_response_length
         asked, sampling = prompts, train_sampling(rollout, longest, list(prompts["uid"]), epoch)
         if self.plan.requirements.baseline:  # further requests of the same batch, so that no engine waits for them
             asked = DataProto.concat([prompts, prompts])
             sampling += [replace(request, n=1, temperature=0.0) for request in sampling]
-        return Pending(epoch, prompts, self.workers.rollout.generate(asked, sampling, ahead))
+        return Pending(epoch, prompts, self.workers.rollout.generate(asked, sampling, self.ahead))
 
     def _finish(self, pending: Pending) -> DataProto:
         """A row for each response, with every view, and without the pictures."""
