@@ -22,8 +22,8 @@ from verl.utils.process import LOG_FORMAT, keep_freed_memory, quiet_libraries
 
 logger = logging.getLogger("papo.quickstart")
 
-# Models that the study began with. How well a start reads when its loss is reached depends on the machine's rounding, and
-# what reinforcement learning makes of it depends on that.
+# What the study began with: how well a start reads at its last loss depends on the machine's rounding, and what
+# reinforcement learning makes of it depends on that.
 STARTS = Path(__file__).resolve().parents[2] / "examples" / "study" / "starts"
 FORMAT_PROMPT = Path(__file__).resolve().parents[2] / "examples" / "format_prompt" / "math_perception.jinja"
 

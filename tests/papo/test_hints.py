@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 from examples.reward_function.hints import compute_score
 from papo.quickstart.digits import DigitsSettings
@@ -59,3 +60,17 @@ def test_every_preset_can_meet_the_task(in_repository, name):
     reward = compose_config(name, ["+task=misled"]).worker.reward
     assert reward.reward_function.endswith("hints.py:compute_score")
     inspect.signature(compute_score).bind({}, **reward.reward_function_kwargs)
+
+
+def test_the_studys_start_is_the_one_that_is_kept(tmp_path, monkeypatch):
+    """It is made of the untrained model and the kept weights, again only where these change."""
+    import papo.quickstart.__main__ as quickstart
+
+    monkeypatch.setattr(quickstart, "warm_start", None)
+    model = quickstart.prepare(tmp_path, quickstart.FORMAT_PROMPT, task="misled")
+    kept = quickstart.STARTS / "misled.safetensors"
+    assert (model / "model.safetensors").read_bytes() == kept.read_bytes()
+    before = (model / "model.safetensors").stat().st_mtime_ns
+    assert quickstart.prepare(tmp_path, quickstart.FORMAT_PROMPT, task="misled") == model
+    assert (model / "model.safetensors").stat().st_mtime_ns == before
+    assert AutoModelForImageTextToText.from_pretrained(model).num_parameters() > 9e5
