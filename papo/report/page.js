@@ -31,7 +31,17 @@ function smoothed(values, window) {
   });
 }
 
+// Metrics of which no run has two points, such as those of the only validation, are bars.
+const single = (metric) => RUNS.every((run) => !(metric in run.series) || run.series[metric][0].length < 2);
+
+function bars(metric) {
+  const has = RUNS.map((run, index) => index).filter((index) => metric in RUNS[index].series);
+  return [{ type: "bar", x: has.map((index) => RUNS[index].name), y: has.map((index) => RUNS[index].series[metric][1][0]),
+    marker: { color: has.map(colour) }, width: 0.5, hovertemplate: "%{y:.4g}<extra></extra>", showlegend: false }];
+}
+
 function traces(metric, window) {
+  if (single(metric)) return bars(metric);
   const found = [];
   RUNS.forEach((run, index) => {
     if (!(metric in run.series)) return;
@@ -48,11 +58,10 @@ function traces(metric, window) {
 }
 
 function eventLines() {
-  const shapes = [], marks = [];
+  const shapes = [];
   RUNS.forEach((run, index) => run.events.forEach((event) => {
     shapes.push({ type: "line", xref: "x", yref: "paper", x0: event.step, x1: event.step, y0: 0, y1: 1,
       line: { color: colour(index), width: 1, dash: "dot" } });
-    marks.push(event);
   }));
   return shapes;
 }
@@ -60,7 +69,8 @@ function eventLines() {
 function draw(box) {
   const metric = box.dataset.metric, layout = {
     title: { text: metric.replaceAll("<", "&lt;"), font: { size: 13 }, x: 0.02, xanchor: "left" }, hovermode: "x unified",
-    margin: { l: 52, r: 12, t: 32, b: 28 }, font: { family: "system-ui, sans-serif", size: 11 }, shapes: eventLines(),
+    margin: { l: 52, r: 12, t: 32, b: 28 }, font: { family: "system-ui, sans-serif", size: 11 },
+    shapes: single(metric) ? [] : eventLines(),
     yaxis: { type: byId("log").checked ? "log" : "linear", gridcolor: "#eaeef2", zerolinecolor: "#d0d7de",
       automargin: true },
     xaxis: { gridcolor: "#eaeef2", zeroline: false }, hoverlabel: { namelength: 40 },
@@ -94,6 +104,10 @@ function buildCurves() {
       sight.observe(box);
     });
     byId("charts").append(grid);
+    if (group.constant.length) {
+      const words = group.constant.map(([metric, value]) => `${metric} ${short(value)}`).join(", ");
+      byId("charts").append(make("p", `one value only: ${words}`, "hint"));
+    }
   });
   byId("smooth").addEventListener("input", redraw);
   byId("log").addEventListener("change", redraw);
@@ -220,7 +234,10 @@ function buildAbout() {
   const about = byId("about"), names = RUNS.map((run) => run.name);
   const rows = (of) => [...new Set(RUNS.flatMap((run) => Object.keys(of(run))))].map((key) => [key, ...RUNS.map((run) => of(run)[key])]);
   const same = (row) => row.slice(2).every((cell) => JSON.stringify(cell) === JSON.stringify(row[1]));
-  const settings = rows((run) => run.settings), differing = settings.filter((row) => !same(row) && !NAMES.includes(row[0]));
+  const settings = rows((run) => run.settings);
+  // Of what only some runs have, such as a term, its kind and numbers; not every default of it.
+  const differing = settings.filter((row) => !same(row) && !NAMES.includes(row[0]) &&
+    (row.slice(1).every((cell) => cell !== undefined) || /(kind|coef|prob|estimator|view)$/.test(row[0])));
   if (RUNS.length > 1) about.append(make("h2", "Settings that differ"), table(["key", ...names], differing));
   about.append(make("h2", "Model, data, seed"), table(["key", ...names], settings.filter((row) =>
     ["worker.actor.model.model_path", "data.train_files", "data.val_files", "trainer.seed", "worker.rollout.name"].includes(row[0]))));

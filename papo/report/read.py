@@ -104,7 +104,7 @@ def chosen(samples: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
 
 
 def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The groups of charts: title and metrics, in order."""
+    """The groups of charts: title and metrics, in order, and those that have one value alone, with it."""
     left = sorted({metric for run in runs for metric in run.series})
     groups = {}
     for title, patterns in GROUPS.items():
@@ -112,7 +112,13 @@ def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
         groups[title] = list(dict.fromkeys(groups[title]))
         left = [name for name in left if name not in groups[title]]
     first = ["Does it learn?", "Does it look?"]  # a person asks in this order
-    return [{"title": title, "metrics": groups[title]} for title in dict.fromkeys([*first, *GROUPS]) if groups[title]]
+    found = []
+    for title in dict.fromkeys([*first, *GROUPS]):
+        values = {name: {v for run in runs for v in run.series.get(name, ((), ()))[1]} for name in groups[title]}
+        constant = [(name, next(iter(seen))) for name, seen in values.items() if len(seen) == 1]
+        metrics = [name for name in groups[title] if name not in dict(constant)]
+        found.append({"title": title, "metrics": metrics, "constant": constant})
+    return [group for group in found if group["metrics"] or group["constant"]]
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

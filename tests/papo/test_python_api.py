@@ -12,6 +12,7 @@ import subprocess
 import textwrap
 from pathlib import Path
 
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -194,6 +195,22 @@ def test_datasets_are_stored_once_with_all_columns(assets, tmp_path):
     assert text.index("system") < text.index("Be short.") < text.index("user") < text.index("Add.")
     with pytest.raises(ValueError, match="`prompt` is needed"):
         store([{"question": "?"}], str(tmp_path / "other"), "train_dataset")
+
+
+@pytest.mark.parametrize("form", ["pil", "bytes", "path", "list of pil"])
+def test_pictures_come_as_people_have_them(form, tmp_path):
+    picture = PIL.Image.new("RGB", (56, 28), "red")
+    picture.save(tmp_path / "a.png")
+    value = {"pil": picture, "bytes": (tmp_path / "a.png").read_bytes(), "path": str(tmp_path / "a.png")}
+    value["list of pil"] = [picture, picture]
+    rows = [{"prompt": "Red?", "images": value[form]}, {"prompt": "1+1?", "images": None}]
+    folder, column = store(rows, str(tmp_path / "train"), "train_dataset")
+    config = Config().data
+    config.prompt_key, config.answer_key, config.image_key = PROMPT, ANSWER, column
+    found = PromptRows(folder, "data.train_files", config)
+    seen = found.pictures(found[0])
+    assert [one.size for one in seen] == [(56, 28)] * len(seen) and seen[0].getpixel((5, 5)) == (255, 0, 0)
+    assert found[0][PROMPT] == "<image>" * len(seen) + "Red?" and not found.pictures(found[1])
 
 
 def reward_inputs(folder: str, *responses: str) -> list[RewardInput]:

@@ -71,7 +71,9 @@ def test_a_run_is_read(tmp_path):
     groups = {group["title"]: group["metrics"] for group in charts([run])}
     assert list(groups) == ["Does it learn?", "Does it look?", "Is it stable?", "Is it fast?"]
     assert groups["Does it look?"] == ["actor/perception_kl"] and groups["Is it stable?"][0] == "actor/entropy"
-    assert sorted(metric for metrics in groups.values() for metric in metrics) == sorted(run.series)
+    constant = [name for group in charts([run]) for name, _ in group["constant"]]
+    assert constant == ["reward/nothing"]
+    assert sorted([*constant, *(name for metrics in groups.values() for name in metrics)]) == sorted(run.series)
     with pytest.raises(ValueError, match=r"no metrics\.jsonl"):
         read_run(str(tmp_path), "x", 1)
     with pytest.raises(ValueError, match="named twice"):
@@ -121,7 +123,7 @@ def test_the_page_in_a_browser(tmp_path, browser):
     page.goto(page_file.as_uri())
     page.wait_for_selector("body[data-ready]")
     page.wait_for_selector(".chart .main-svg")
-    assert page.locator(".chart").count() == 47 and page.locator("h2").first.text_content() == "Does it learn?"
+    assert page.locator(".chart").count() == 46 and page.locator("h2").first.text_content() == "Does it learn?"
     lines = "document.querySelector('.chart').data.filter(t => t.showlegend === false && t.name).map(t => t.name)"
     assert page.evaluate(lines) == ["one/run", "two/run"]
     before = page.evaluate("document.querySelector('.chart').data.at(-1).y.slice(0, 30)")
