@@ -79,3 +79,19 @@ def perception_kl(columns: Columns, config: PerceptionKLConfig) -> torch.Tensor:
     if config.incorrect_weight != 1:
         values = values * torch.where(columns["accuracy"] > 0.5, 1.0, config.incorrect_weight)[:, None]
     return only_view_rows(values, columns, config.view)
+
+
+@dataclass
+class ViewKLConfig(PerceptionKLConfig):
+    """Coefficient of a KL that is minimised. Choose a view that leaves what the answer needs."""
+
+    kind: str = "view_kl"
+    coef: float = option(0.01, "coefficient", least=0)
+    view: str = option("noised", "name of the view")
+
+
+@loss_term("view_kl", ViewKLConfig, requires=_requires, counted=_counted)
+def view_kl(columns: Columns, config: ViewKLConfig) -> torch.Tensor:
+    """KL(pi_theta || pi_view) per token, minimised: the policy is to answer alike given the noised image (DVRP, arXiv
+    2601.06801). All but the sign is that of `perception_kl`."""
+    return perception_kl(columns, config)

@@ -7,14 +7,15 @@ import math
 import pytest
 import torch
 
-from papo.terms import PerceptionKLConfig
+from papo.terms import PerceptionKLConfig, ViewKLConfig
 from verl.algorithms.losses.entropy import EntropyEstimator, EntropyTermConfig
 from verl.algorithms.losses.estimators import Estimator
 from verl.algorithms.losses.policy import PolicyTermConfig
 from verl.algorithms.losses.ref_kl import RefKLTermConfig
 from verl.algorithms.losses.sft import SFTTermConfig
 from verl.algorithms.losses.term import LOSS_TERMS, TermOutput
-from verl.config.algorithm import Truncation
+from verl.algorithms.rewards import view_reward
+from verl.config.algorithm import Truncation, ViewRewardConfig
 
 B, T = 5, 7
 
@@ -78,6 +79,18 @@ def test_policy_gradient_is_ratio_times_advantage_inside_the_clip_range_and_zero
     assert stopped.any() and not stopped.all()
     expected = torch.where(stopped, 0.0, -ratio * advantage)
     torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=0)
+
+
+def test_without_an_upper_clip_a_good_token_is_pushed_whatever_its_ratio():
+    cols = columns(spread=2.0)
+    open_above = evaluate(PolicyTermConfig(clip_ratio_low=0.2, clip_ratio_high=None), cols)
+    (gradient,) = torch.autograd.grad(open_above.values.sum(), cols["log_probs"])
+    ratio, advantage = (cols["log_probs"] - cols["old_log_probs"]).exp().detach(), cols["advantages"]
+    assert ((ratio > 3) & (advantage > 0)).any() and not open_above.metrics["clip_frac_high"].any()
+    good = advantage > 0
+    torch.testing.assert_close(gradient[good], (-ratio * advantage)[good], atol=1e-12, rtol=0)
+    closed = evaluate(PolicyTermConfig(clip_ratio_low=0.2, clip_ratio_high=0.3), cols).values
+    torch.testing.assert_close(open_above.values[~good], closed[~good])
 
 
 def test_policy_metrics_count_only_tokens_that_the_clip_stops():
@@ -231,3 +244,57 @@ def test_entropy_is_minus_log_prob_of_either_view():
     torch.testing.assert_close(masked, torch.where(rows, -cols["masked_log_probs"], 0.0))
     (gradient,) = torch.autograd.grad(masked.sum(), cols["masked_log_probs"])
     torch.testing.assert_close(gradient, torch.where(rows, -1.0, 0.0).expand(B, T).double())
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.5, 1.2), (None, 1.2), (0.5, None)])
+def test_an_entropy_in_a_band_is_penalised_outside_alone(low, high):
+    """On logits of five tokens, in float64, against autograd of the definition."""
+    logits = (
+        torch.randn(B, T, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 3
+    ).requires_grad_()
+    probs = logits.softmax(-1)
+    entropies = -(probs * probs.log()).sum(-1)
+    config = EntropyTermConfig(estimator=EntropyEstimator.full, low=low, high=high)
+    output = evaluate(config, {"full_entropy": entropies})
+    expected = sum(
+        (torch.relu(low - h) if low is not None else 0) + (torch.relu(h - high) if high is not None else 0)
+        for h in entropies.flatten()
+    )
+    (found,) = torch.autograd.grad(output.values.sum(), logits, retain_graph=True)
+    (wanted,) = torch.autograd.grad(expected, logits, retain_graph=True)
+    torch.testing.assert_close(output.values.sum(), expected)
+    torch.testing.assert_close(found, wanted)
+    inside = (entropies >= (low or 0)) & (entropies <= (high or 9))
+    assert inside.any() and not inside.all() and not found[inside].any()
+    torch.testing.assert_close(output.metrics["full_entropy"], entropies)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"), [({"low": 2.0, "high": 1.0}, "is above"), ({"high": 1.0, "estimator": "sampled"}, "=full")]
+)
+def test_a_band_that_cannot_be_is_refused(options, says):
+    config = EntropyTermConfig(**{"estimator": EntropyEstimator.full, **options})
+    with pytest.raises(ValueError, match=says):
+        config.check("algorithm.terms.entropy")
+
+
+def test_agreement_with_a_view_is_its_perception_kl_minimised():
+    cols = columns()
+    kl, agreement = PerceptionKLConfig(view="masked"), ViewKLConfig(view="masked")
+    torch.testing.assert_close(evaluate(kl, cols).values, evaluate(agreement, cols).values)
+    assert (LOSS_TERMS["perception_kl"].sign, LOSS_TERMS["view_kl"].sign) == (-1.0, 1.0)
+
+
+def test_the_reward_for_depending_on_the_image_is_a_capped_mean_kl():
+    cols = columns()
+    mask = torch.ones(B, T, dtype=torch.int64)
+    mask[1, 4:] = 0
+    rows, config = cols["masked_rows"], ViewRewardConfig(coef=2.0, cap=0.5)
+    found = view_reward(cols["old_log_probs"], cols["masked_log_probs"].detach(), rows, mask, config)
+    capped = 0
+    for b in range(B):
+        apart = (cols["masked_log_probs"] - cols["old_log_probs"])[b].tolist()[: int(mask[b].sum())]
+        mean = sum(math.exp(d) - d - 1 for d in apart) / len(apart)
+        assert found[b].item() == pytest.approx(min(2.0 * mean, 0.5) if rows[b] else 0.0, abs=1e-12)
+        capped += 2.0 * mean > 0.5
+    assert 0 < capped

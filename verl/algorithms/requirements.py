@@ -57,6 +57,10 @@ def required_before_updates(algorithm: AlgorithmConfig) -> dict[str, tuple[str, 
     found = {f"algorithm.adv_estimator={algorithm.adv_estimator}": ADVANTAGES[algorithm.adv_estimator].requires}
     if algorithm.reward_kl.coef:
         found["algorithm.reward_kl"] = ("old_log_probs", "ref_log_probs")
+    if algorithm.view_reward.coef:
+        view = algorithm.view_reward.view
+        columns = ("old_log_probs", view_column(view, "log_probs"), view_column(view, "rows"), "response_mask")
+        found["algorithm.view_reward"] = columns
     for shaper in build_shapers(algorithm.shapers):
         found[f"algorithm.shapers.{shaper.name}"] = shaper.requires
     return found

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from verl.algorithms.losses.estimators import SAMPLED
+from verl.algorithms.losses.estimators import SAMPLED, k3
 
 if TYPE_CHECKING:
-    from verl.config.algorithm import RewardKLConfig
+    from verl.config.algorithm import RewardKLConfig, ViewRewardConfig
 
 
 def token_rewards(scores: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
@@ -53,6 +53,26 @@ class RewardKL:
             error = max(-0.2, min(0.2, self.last_kl / self.config.target - 1))
             self.coef *= 1 + error * len(kl) / self.config.horizon
         return penalty
+
+
+def view_reward(
+    log_probs: torch.Tensor,
+    view_log_probs: torch.Tensor,
+    rows: torch.Tensor,
+    response_mask: torch.Tensor,
+    config: ViewRewardConfig,
+) -> torch.Tensor:
+    """[B] float64: min(coef * mean over a response's tokens of KL(pi || pi_view), cap), by the k3 estimate; 0 in rows
+    that the view does not cover. It pays for depending on the image whether the answer is right or not; the cap keeps
+    it from outweighing the answer.
+
+    Args:
+        log_probs, view_log_probs, response_mask: [B, T].
+        rows: [B], those that the view covers.
+    """
+    kl = torch.where(response_mask.bool(), k3(log_probs.double(), view_log_probs.double()), 0.0)
+    mean = kl.sum(-1) / response_mask.sum(-1).clamp(min=1)
+    return torch.where(rows, (config.coef * mean).clamp(max=config.cap), 0.0)
 
 
 def overlong_penalty(lengths: torch.Tensor, max_length: int, cache: int) -> torch.Tensor:

@@ -183,6 +183,15 @@ class RewardKLConfig:
 
 
 @dataclass
+class ViewRewardConfig:
+    """A reward for depending on the image. See verl.algorithms.rewards.view_reward."""
+
+    view: str = option("masked", "name of the corrupted view")
+    coef: float = option(0.0, "coefficient of a response's KL to that view in its reward; 0: none", least=0)
+    cap: float = option(0.2, "largest such reward", above=0)
+
+
+@dataclass
 class ShaperConfig:
     """Base of the options of a function that changes advantages before the updates."""
 
@@ -201,6 +210,7 @@ class AlgorithmConfig:
     gamma: float = option(1.0, "discount of rewards", least=0, most=1)
     lam: float = option(1.0, "weight of longer sums in gae", least=0, most=1)
     reward_kl: RewardKLConfig = field(default_factory=RewardKLConfig)
+    view_reward: ViewRewardConfig = field(default_factory=ViewRewardConfig)
     old_log_probs: OldLogProbs = option(
         OldLogProbs.auto, "source of the old log-probs: auto (no pass where a step has one update), recompute, rollout"
     )

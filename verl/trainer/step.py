@@ -14,7 +14,7 @@ from verl.algorithms.advantage import ADVANTAGES
 from verl.algorithms.losses.compose import coefficients, moving
 from verl.algorithms.losses.estimators import k3
 from verl.algorithms.requirements import Requirements
-from verl.algorithms.rewards import token_rewards
+from verl.algorithms.rewards import token_rewards, view_reward
 from verl.algorithms.shapers import build_shapers
 from verl.columns import ORIGINAL, TOKENS, view_column
 from verl.config.algorithm import OldLogProbs
@@ -176,6 +176,12 @@ def add_advantages(
         change = overall.double() - component(outcomes, "overall")
         metrics["train/overlong_penalty"] = change[kept].mean().item()
     columns.setdefault("old_log_probs", batch["rollout_log_probs"])  # algorithm.old_log_probs=rollout
+    if algorithm.view_reward.coef:
+        view = algorithm.view_reward.view
+        read = (columns["old_log_probs"], columns[view_column(view, "log_probs")], columns[view_column(view, "rows")])
+        extra = view_reward(*read, mask, algorithm.view_reward)
+        metrics["train/view_reward"] = extra[kept].mean().item() if kept.any() else 0.0
+        overall = overall + extra.float()
     rewards = token_rewards(overall, mask)
     if algorithm.reward_kl.coef:
         metrics["train/reward_kl_coef"] = state.reward_kl.coef

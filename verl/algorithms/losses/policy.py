@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,7 +22,13 @@ class ClipTermConfig(LossTermConfig):
     tis: Truncation = option(Truncation.off, "truncated importance weights, engine to trainer: off, token, sequence")
     tis_cap: float = option(2.0, "largest such weight", above=0)
     clip_ratio_low: float = option(0.2, "the ratio is clipped below 1 - this", least=0, most=1)
-    clip_ratio_high: float = option(0.3, "and above 1 + this", least=0)
+    clip_ratio_high: float | None = option(0.3, "and above 1 + this; null: no bound", least=0)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The range of the ratio."""
+        high = math.inf if self.clip_ratio_high is None else self.clip_ratio_high
+        return 1.0 - self.clip_ratio_low, 1.0 + high
 
 
 def clip_requires(*columns: str) -> Callable[[ClipTermConfig], tuple[str, ...]]:
@@ -84,7 +91,7 @@ def policy(columns: Columns, config: PolicyTermConfig) -> TermOutput:
     advantages = columns["advantages"]
     log_ratio = bounded(columns["log_probs"] - columns["old_log_probs"])
     ratio = torch.exp(log_ratio)
-    low, high = 1.0 - config.clip_ratio_low, 1.0 + config.clip_ratio_high
+    low, high = config.bounds
     unclipped = -ratio * advantages
     clipped = -torch.clamp(ratio, low, high) * advantages
     pessimistic = torch.maximum(unclipped, clipped)
@@ -105,7 +112,7 @@ class GSPOTermConfig(ClipTermConfig):
 
     kind: str = "gspo"
     clip_ratio_low: float = option(3e-4, "a sequence's ratio is clipped below 1 - this", least=0, most=1)
-    clip_ratio_high: float = option(4e-4, "and above 1 + this", least=0)
+    clip_ratio_high: float | None = option(4e-4, "and above 1 + this; null: no bound", least=0)
 
 
 @loss_term(
@@ -129,7 +136,7 @@ def gspo(columns: Columns, config: GSPOTermConfig) -> TermOutput:
     log_ratio = torch.where(mask.bool(), log_probs.detach() - columns["old_log_probs"], 0.0)
     mean = bounded(log_ratio.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1))
     ratio = torch.exp(mean) * torch.exp(log_probs - log_probs.detach())
-    low, high = 1.0 - config.clip_ratio_low, 1.0 + config.clip_ratio_high
+    low, high = config.bounds
     values = torch.maximum(-ratio * advantages, -torch.clamp(ratio, low, high) * advantages)
     metrics = {
         "clip_frac_high": ((ratio > high) & (advantages > 0)).float(),
@@ -146,7 +153,7 @@ class CISPOTermConfig(ClipTermConfig):
 
     kind: str = "cispo"
     clip_ratio_low: float = option(1.0, "the weight is clipped below 1 - this; 1: no bound", least=0, most=1)
-    clip_ratio_high: float = option(4.0, "and above 1 + this", least=0)
+    clip_ratio_high: float | None = option(4.0, "and above 1 + this; null: no bound", least=0)
 
 
 @loss_term(
@@ -161,7 +168,7 @@ def cispo(columns: Columns, config: CISPOTermConfig) -> TermOutput:
     log_probs = columns["log_probs"]
     log_ratio = bounded(log_probs.detach() - columns["old_log_probs"])
     ratio = torch.exp(log_ratio)
-    low, high = 1.0 - config.clip_ratio_low, 1.0 + config.clip_ratio_high
+    low, high = config.bounds
     values = -torch.clamp(ratio, low, high) * columns["advantages"] * log_probs
     metrics = {
         "clip_frac_high": (ratio > high).float(),
