@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ class GaussianNoiseConfig(ViewConfig):
     """Normal noise of standard deviation `std`, where black is 0 and white 1. The paper calls 0.8 ineffective."""
 
     kind: str = "gaussian_noise"
+    STRENGTH: ClassVar[str] = "std"
     std: float = option(0.6, "standard deviation of the noise; black is 0, white 1", least=0)
 
 

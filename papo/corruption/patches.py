@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # PIL is imported where a picture is made: a run of scripts/g
 class ShareConfig(ViewConfig):
     """A share of the picture is hidden."""
 
+    STRENGTH: ClassVar[str] = "prob"
     prob: float = option(0.6, "share of the picture that is hidden", least=0, most=1)
 
 

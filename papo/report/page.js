@@ -153,6 +153,7 @@ function card(sample) {
   name.style.setProperty("--run", colour(sample.run));
   head.append(name, make("span", `step ${sample.step}`), make("span", sample.split === "val" ? "validation" : "training"),
     make("span", sample.uid.split("/").pop()));
+  if (sample.drawn_under_view) head.append(make("span", "drawn under a view"));
   box.append(head);
   Object.entries(sample.pictures || {}).forEach(([view, file]) => {
     if (!(file in run.pictures)) return;

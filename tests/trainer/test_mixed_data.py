@@ -27,7 +27,10 @@ pytestmark = [pytest.mark.run, pytest.mark.usefixtures("in_repository")]
 IMAGES = [1, 2, 0, 0, 1, 0, 1, 0]
 LIVE = {"papo_grpo_live": {"masked"}, "papo_banded": {"masked"}, "dvrp": {"masked", "noised"}}
 STORED = {"papo_grpo", "papo_grpo_3b", "papo_grpo_no_kl_ref", "papo_dapo", "papo_upstream", "vppo", "quickstart"}
-STORED |= {"papo_banded"}  # its reward reads the masked log-probs before the updates, its entropy those within
+STORED |= {
+    "papo_noisy_rollout",
+    "papo_banded",
+}  # the latter's reward reads the masked log-probs before the updates, its entropy those within
 
 
 def compose(preset: str, assets: Path, folder: Path) -> Config:

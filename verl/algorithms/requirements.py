@@ -69,7 +69,9 @@ def required_before_updates(algorithm: AlgorithmConfig) -> dict[str, tuple[str, 
 def requirements_of(algorithm: AlgorithmConfig, updates_per_step: int) -> Requirements:
     """The requirements of this config. Raises ValueError as `find_requirements` does."""
     terms, before = build_terms(algorithm.terms), required_before_updates(algorithm)
-    return find_requirements(terms, algorithm.views, before, algorithm.old_log_probs, updates_per_step)
+    # What a view has drawn is trained on given the images: the old log-probs are those, and only a pass has them.
+    old = algorithm.old_log_probs if algorithm.rollout_view.view is None else OldLogProbs.recompute
+    return find_requirements(terms, algorithm.views, before, old, updates_per_step)
 
 
 def find_requirements(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import ClassVar
 
 from omegaconf import MISSING
 
@@ -108,6 +109,15 @@ class ViewConfig:
         ViewPer.prompt, "prompt: one mask for all responses; response: one each, and as many image tensors"
     )
     column: str | None = option(None, "dataset column with the pictures to change; null: the prompt's own")
+    STRENGTH: ClassVar[str] = ""  # the option that says how much it changes
+
+    def scaled(self, factor: float) -> ViewConfig:
+        """The view with `factor` times its strength. Raises ValueError for one that has none."""
+        if factor == 1:
+            return self
+        if not self.STRENGTH:
+            raise ValueError(f"a view of kind {self.kind} has no strength that a schedule could change")
+        return replace(self, **{self.STRENGTH: factor * getattr(self, self.STRENGTH)})
 
 
 class WatchdogAction(StrEnum):
@@ -192,6 +202,20 @@ class ViewRewardConfig:
 
 
 @dataclass
+class RolloutViewConfig:
+    """Responses that are drawn given a view of the images, and trained on given the images themselves (NoisyRollout,
+    arXiv 2504.13055)."""
+
+    view: str | None = option(None, "view under which some responses of each prompt are drawn; null: none")
+    share: float = option(0.5, "share of a prompt's responses that are", above=0, below=1)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def drawn(self, responses: int) -> int:
+        """How many of a prompt's `responses` are drawn under the view."""
+        return round(self.share * responses) if self.view is not None else 0
+
+
+@dataclass
 class ShaperConfig:
     """Base of the options of a function that changes advantages before the updates."""
 
@@ -211,6 +235,7 @@ class AlgorithmConfig:
     lam: float = option(1.0, "weight of longer sums in gae", least=0, most=1)
     reward_kl: RewardKLConfig = field(default_factory=RewardKLConfig)
     view_reward: ViewRewardConfig = field(default_factory=ViewRewardConfig)
+    rollout_view: RolloutViewConfig = field(default_factory=RolloutViewConfig)
     old_log_probs: OldLogProbs = option(
         OldLogProbs.auto, "source of the old log-probs: auto (no pass where a step has one update), recompute, rollout"
     )
@@ -234,5 +259,21 @@ class AlgorithmConfig:
                     f"{key}.terms.{name}.tis corrects old log-probs of the trainer, and {key}.old_log_probs=rollout "
                     "takes the engine's: use one of the two"
                 )
+        if self.rollout_view.view is not None:
+            self._check_rollout_view(f"{key}.rollout_view")
         if not any(term.coef for term in self.terms.values()):
             raise ValueError(f"{key}.terms has no term with a coefficient above 0: there is nothing to train on")
+
+    def _check_rollout_view(self, key: str) -> None:
+        name = self.rollout_view.view
+        if name not in self.views:
+            raise ValueError(f"{key}.view={name}: algorithm.views has {', '.join(self.views) or 'none'}")
+        if self.views[name].per == ViewPer.response:
+            raise ValueError(f"{key}.view={name}: it has per=response, and a prompt's responses share one picture")
+        if self.rollout_view.schedule != ScheduleConfig():
+            self.views[name].scaled(0.5)
+        # The engine's log-probs are those given the view, and the gradient is that of the policy given the images.
+        tis = [n for n, term in self.terms.items() if getattr(term, "tis", Truncation.off) != Truncation.off]
+        if tis or self.old_log_probs == OldLogProbs.rollout:
+            wrong = f"algorithm.terms.{tis[0]}.tis" if tis else "algorithm.old_log_probs=rollout"
+            raise ValueError(f"{key}.view={name} with {wrong}: the engine's log-probs are those of another image")

@@ -13,6 +13,7 @@ from PIL import Image
 
 from verl.algorithms.groups import group_mean, keep_groups
 from verl.algorithms.rewards import overlong_penalty
+from verl.columns import view_column
 from verl.config.config import Config
 from verl.data.collate import pad_rows, whole_sequences
 from verl.data.thumbnails import thumbnails, views_to_show
@@ -153,10 +154,16 @@ class Collector:
     def _begin(self) -> Pending:
         epoch, prompts = next(self.state.prompts)
         rollout, longest = self.config.worker.rollout, self.config.data.max_response_length
-        asked, sampling = prompts, train_sampling(rollout, longest, list(prompts["uid"]), epoch)
+        asked, uids = prompts, list(prompts["uid"])
+        sampling = train_sampling(rollout, longest, uids, epoch)
+        if under := self.config.algorithm.rollout_view.drawn(rollout.n):
+            others = train_sampling(rollout, longest, [f"{uid}, under a view" for uid in uids], epoch)
+            sampling = [replace(request, n=rollout.n - under) for request in sampling]
+            sampling += [replace(request, n=under) for request in others]
+            asked = DataProto.concat([asked, self._seen_through_view(prompts, epoch)])
         if self.plan.requirements.baseline:  # further requests of the same batch, so that no engine waits for them
-            asked = DataProto.concat([prompts, prompts])
-            sampling += [replace(request, n=1, temperature=0.0) for request in sampling]
+            asked = DataProto.concat([asked, prompts])
+            sampling += [replace(request, n=1, temperature=0.0) for request in sampling[: len(prompts)]]
         return Pending(epoch, prompts, self.workers.rollout.generate(asked, sampling, self.ahead))
 
     def _finish(self, pending: Pending) -> DataProto:
@@ -166,7 +173,21 @@ class Collector:
         if self.plan.requirements.baseline:
             greedy = responses.rows(slice(len(rows), None))
             rows = rows.with_columns({"baseline_scores": self._baseline(pending.prompts, greedy)})
-        return rows.with_columns(responses.rows(slice(0, len(rows))).tensors)
+        responses = responses.rows(slice(0, len(rows)))
+        if under := self.config.algorithm.rollout_view.drawn(self.plan.sizes.responses_per_prompt):
+            order = side_by_side_rows(len(pending.prompts), self.plan.sizes.responses_per_prompt, under)
+            seen = order >= len(rows) - under * len(pending.prompts)
+            responses = responses.rows(order).with_columns({"drawn_under_view": seen})
+        return rows.with_columns(responses.tensors)
+
+    def _seen_through_view(self, prompts: DataProto, epoch: int) -> DataProto:
+        """The prompts with the images of `algorithm.rollout_view`, in the strength of this step."""
+        options, seed = self.config.algorithm.rollout_view, self.config.trainer.seed
+        factor = options.schedule.factor(self.state.step + 1, self.plan.total_steps)
+        view = self.config.algorithm.views[options.view].scaled(factor)
+        seen = add_view(prompts, options.view, view, self.plan.vision, seed, epoch)
+        columns = [*prompts.tensors, *prompts.objects]
+        return seen.with_columns(objects={"mm_inputs": seen[view_column(options.view, "mm_inputs")]}).select(columns)
 
     def _views(self, pending: Pending) -> DataProto:
         pairs = zip(pending.prompts["uid"], pending.prompts["images"], strict=True)
@@ -230,6 +251,14 @@ class Collector:
             take = groups
         self.state.waiting = rows.rows(slice(take * n, None)) if take < groups else None
         return (rows.rows(slice(0, take * n)), max(mini_batches, 1)) if take else (None, 0)
+
+
+def side_by_side_rows(prompts: int, responses: int, under: int) -> torch.Tensor:
+    """Where the rows of each prompt's `responses`, side by side, are among those drawn as asked, the first of all
+    prompts and then the `under` ones under a view of all prompts."""
+    first = torch.arange(prompts * (responses - under)).view(prompts, -1)
+    second = prompts * (responses - under) + torch.arange(prompts * under).view(prompts, -1)
+    return torch.cat([first, second], dim=1).flatten()
 
 
 def graded(outcomes: list[Outcome]) -> torch.Tensor:

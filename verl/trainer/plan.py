@@ -70,7 +70,8 @@ def make_plan(config: Config) -> Plan:
     collator = PromptCollator(vision.special.pad)
     train, val, total_steps = None, None, 0
     if not config.trainer.val_only:
-        columns = {config.algorithm.views[view].column for view in requirements.views} - {None}
+        views = {*requirements.views, config.algorithm.rollout_view.view} - {None}
+        columns = {config.algorithm.views[view].column for view in views} - {None}
         train_data = PromptDataset(data.train_files, "data.train_files", data, vision, sorted(columns))
         size = data.mini_rollout_batch_size or data.rollout_batch_size
         train = train_loader(train_data, size, data.shuffle, data.seed, data.num_workers, collator)
@@ -201,7 +202,9 @@ def log_requirements(config: Config, requirements: Requirements) -> None:
     logger.info("passes before the updates: %s", ", ".join(passes) or "none")
     for view in requirements.live_views:
         logger.info("view '%s' has its forward in the update: gradient flows through it", view)
-    for view in sorted(set(config.algorithm.views) - set(requirements.views)):
+    if (view := config.algorithm.rollout_view).view is not None:
+        logger.info("%.0f %% of each prompt's responses are drawn under the view '%s'", 100 * view.share, view.view)
+    for view in sorted(set(config.algorithm.views) - {*requirements.views, config.algorithm.rollout_view.view}):
         logger.warning("view '%s' is declared and no loss term reads it: it is not computed", view)
     for name in requirements.inert:
         logger.warning(

@@ -29,6 +29,8 @@ def samples(batch: DataProto, inputs: list[RewardInput], outcomes: list[Outcome]
             break
         found = {"uid": uid, "prompt": problem, "response": i["response"], "answer": i["ground_truth"]}
         found["score"] = dict(outcome.score or {})
+        if "drawn_under_view" in batch and bool(batch["drawn_under_view"][len(records)]):
+            found["drawn_under_view"] = True
         records.append(found | ({"not_graded": outcome.failure.reason} if outcome.failure else {}))
     return records
 

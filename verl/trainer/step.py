@@ -129,7 +129,8 @@ def run_passes(plan: Plan, workers: Workers, batch: DataProto, timings: Timings)
     # Older weights drew the responses that have waited for this step, and only the engine has their log-probs.
     waited = batch["weight_version"] != workers.rollout.version
     keeps = requirements.old and plan.config.algorithm.old_log_probs == OldLogProbs.auto and bool(waited.any())
-    keeps = keeps and not plan.config.trainer.ahead  # whose truncated weights correct for it
+    # Truncated weights correct for it one step ahead; and the engine's may be log-probs given another image.
+    keeps = keeps and not plan.config.trainer.ahead and "drawn_under_view" not in batch
     views = [ORIGINAL] * (keeps or requirements.old_pass) + list(requirements.stored_views)
     if views:
         with timings("log_probs"):
@@ -241,6 +242,8 @@ def rollout_metrics(batch: DataProto, max_response_length: int, version: int) ->
     metrics["rollout/weight_version"] = batch["weight_version"].double().mean().item()
     metrics["rollout/staleness"] = version - metrics["rollout/weight_version"]
     mask = mask & (batch["weight_version"] == version)[:, None]
+    if "drawn_under_view" in batch:
+        mask = mask & ~batch["drawn_under_view"][:, None]
     if "old_log_probs" in batch and mask.any():
         rollout, trainer = (batch[name][mask].double() for name in ("rollout_log_probs", "old_log_probs"))
         metrics["rollout/log_prob_diff_mean"] = (trainer - rollout).abs().mean().item()
