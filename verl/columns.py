@@ -72,8 +72,8 @@ COLUMNS: dict[str, Column] = {
     "full_entropy": Column("B R", FLOAT, "update", "entropy over the whole vocabulary"),
 }
 
-# Columns of a view `v`, as v_<name>. `full_kl` is the exact KL of the original view to v; it and `full_entropy` run
-# over the whole vocabulary, which only the forward of the update can.
+# Columns of a view `v`, as v_<name>. `full_kl` is the exact KL of the original view to v; it and the other `full_` ones
+# run over the whole vocabulary: in the forward of the update, or, where advantages are made of them, in a pass before.
 VIEW_COLUMNS: dict[str, Column] = {
     "mm_inputs": Column("B", None, "views", "image tensors of the corrupted images"),
     "rows": Column("B", torch.bool, "views", "False where a prompt has no image to corrupt"),
@@ -81,11 +81,12 @@ VIEW_COLUMNS: dict[str, Column] = {
     "full_entropy": Column("B R", FLOAT, "update", "entropy given the corrupted images"),
     "full_kl": Column("B R", FLOAT, "update", "KL of the original view to this one"),
     "full_kl_detached": Column("B R", FLOAT, "update", "the same without gradient through this view"),
+    "full_jsd": Column("B R", FLOAT, "update", "Jensen-Shannon divergence of the original view and this one"),
 }
 
 ORIGINAL = ""  # the name of the view with the real images
 TOKENS = ("input_ids", "attention_mask", "position_ids", "response_mask")  # what a forward reads besides images
-EXACT = ("full_entropy", "full_kl", "full_kl_detached")
+EXACT = ("full_entropy", "full_kl", "full_kl_detached", "full_jsd")
 
 
 def made_by(*makers: str) -> tuple[str, ...]:

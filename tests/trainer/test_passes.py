@@ -31,7 +31,7 @@ def plan_of(preset: str, *overrides: str, updates: int = 1) -> tuple[SimpleNames
     base = ["data.train_files=a", "worker.actor.model.model_path=m", *overrides]
     config = compose_config(preset, base)
 
-    def compute_log_probs(*views):
+    def compute_log_probs(*views, exact=()):
         return {view_column(view, "log_probs"): torch.full((2, 3), TRAINER) for view in views}
 
     workers = SimpleNamespace(

@@ -31,6 +31,7 @@ class Requirements:
         live_views: Views whose forward is part of the update.
         stored: Columns that the update reads, made before it; images and tokens are not listed.
         exact: Columns over the whole vocabulary, made by the update.
+        early_exact: Those that advantages are made of, by the pass before it.
         inert: Names of terms with a non-zero coefficient that no gradient can flow through.
         accuracy: Settings that read the reward's component of that name.
     """
@@ -44,6 +45,7 @@ class Requirements:
     live_views: tuple[str, ...]
     stored: tuple[str, ...]
     exact: tuple[str, ...]
+    early_exact: tuple[str, ...]
     inert: tuple[str, ...]
     accuracy: tuple[str, ...]
 
@@ -93,7 +95,9 @@ def find_requirements(
     exact = tuple(sorted(filter(is_exact, needed)))
     of_exact = {split_exact(column)[0] for column in exact}
     used = [view for view in views if view_column(view, "log_probs") in needed or view in of_exact]
-    early_views = [view for view in views if view_column(view, "log_probs") in early]
+    early_exact = tuple(sorted(filter(is_exact, early)))
+    of_early = {split_exact(column)[0] for column in early_exact}
+    early_views = [view for view in views if view_column(view, "log_probs") in early or view in of_early]
     live_views = tuple(view for view in used if views[view].grad)
     live = {"log_probs", *exact, *(view_column(view, "log_probs") for view in live_views)}
     old = "old_log_probs" in needed | early
@@ -110,6 +114,7 @@ def find_requirements(
         live_views=live_views,
         stored=tuple(sorted(stored - live)),
         exact=exact,
+        early_exact=early_exact,
         inert=tuple(t.name for t in terms if t.config.coef != 0 and not live & set(t.requires)),
         accuracy=(
             *(key for key, columns in before.items() if "accuracy" in columns),
@@ -119,7 +124,8 @@ def find_requirements(
 
 
 def _read_early(before: Mapping[str, Sequence[str]], views: Mapping[str, ViewConfig]) -> set[str]:
-    made = ALWAYS | PASSES | {"values", "baseline_scores", "advantages"} | _of_views(views, "log_probs", "rows")
+    made = ALWAYS | PASSES | {"values", "baseline_scores", "advantages", "full_entropy"}
+    made |= _of_views(views, "log_probs", "rows", *EXACT)
     for key, columns in before.items():
         for column in columns:
             _check_made(key, column, made, views)

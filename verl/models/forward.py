@@ -28,8 +28,7 @@ def forward_views(
     both views gathers the sharded weights once.
 
     Args:
-        exact: columns `full_entropy`, `<view>_full_entropy`, `<view>_full_kl` and `<view>_full_kl_detached` to
-            compute over the whole vocabulary (see `verl.columns.EXACT`).
+        exact: columns `full_entropy` and `<view>_full_...` to compute over the whole vocabulary (`verl.columns.EXACT`).
     """
     parts, selected = [], {}
     for view in views:
@@ -62,7 +61,7 @@ def _exact(name: str, selected: dict[str, torch.Tensor], starts: dict[str, int])
     rows = starts[view] + torch.arange(len(selected[view]), device=selected[view].device)
     if what == "full_entropy":
         return Exact(rows)
-    return Exact(selected[view], rows, detach_other=what == "full_kl_detached")
+    return Exact(selected[view], rows, detach_other=what == "full_kl_detached", jsd=what == "full_jsd")
 
 
 def _all_rows(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:

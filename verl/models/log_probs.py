@@ -117,6 +117,27 @@ def chunked_kl(
     return in_chunks(of_chunk, chunk_size, hidden, other)
 
 
+def chunked_jsd(
+    hidden: torch.Tensor,
+    other: torch.Tensor,
+    head: Head,
+    temperature: float,
+    banned: torch.Tensor,
+    chunk_size: int,
+) -> torch.Tensor:
+    """Jensen-Shannon divergence [N] float32 in nats, from 0 to log 2, of the distributions after `hidden` and `other`,
+    exact over the vocabulary."""
+
+    def of_chunk(hidden_chunk: torch.Tensor, other_chunk: torch.Tensor) -> torch.Tensor:
+        probs, log_probs = _distribution(head(hidden_chunk), temperature, banned)
+        other_probs, other_log_probs = _distribution(head(other_chunk), temperature, banned)
+        mean = (0.5 * (probs + other_probs)).clamp(min=torch.finfo(torch.float32).tiny).log()
+        both = probs * (log_probs - mean) + other_probs * (other_log_probs - mean)
+        return 0.5 * both.sum(-1)
+
+    return in_chunks(of_chunk, chunk_size, hidden, other)
+
+
 def _distribution(logits: torch.Tensor, temperature: float, banned: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Probabilities and log-probs [N, V] in float32; both are 0 for banned tokens, so that their product is."""
     log_probs = torch.log_softmax((logits.float() / temperature).index_fill(-1, banned, float("-inf")), dim=-1)

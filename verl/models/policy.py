@@ -10,18 +10,19 @@ from torch import nn
 
 from verl.models.cache import ResponseCache
 from verl.models.families import family_of
-from verl.models.log_probs import chunked_entropy, chunked_kl, chunked_log_probs
+from verl.models.log_probs import chunked_entropy, chunked_jsd, chunked_kl, chunked_log_probs
 from verl.models.packing import Packed, take
 
 
 @dataclass(frozen=True)
 class Exact:
     """A quantity of the whole next-token distribution: the entropy in `rows`, or, with `other_rows`, the KL from there
-    to other rows that have the same responses."""
+    to other rows that have the same responses, or the Jensen-Shannon divergence of both."""
 
     rows: torch.Tensor
     other_rows: torch.Tensor | None = None
     detach_other: bool = False
+    jsd: bool = False
 
 
 def response_states(
@@ -97,6 +98,9 @@ class PolicyModel(nn.Module):
                 values = chunked_entropy(own, *head)
             else:
                 other = states[place[wanted.other_rows][valid[wanted.other_rows]]]
+            if wanted.jsd:
+                values = chunked_jsd(own, other, *head)
+            elif wanted.other_rows is not None:
                 values = chunked_kl(own, other.detach() if wanted.detach_other else other, *head, wanted.detach_other)
             result[name] = values.new_zeros(rows.shape).masked_scatter(rows, values)
         return result

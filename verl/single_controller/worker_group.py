@@ -102,9 +102,10 @@ class WorkerGroup:
 class LogProbGroup(WorkerGroup):
     """A group that computes log-probs: the actor and the reference."""
 
-    def compute_log_probs(self, *views: str) -> dict[str, torch.Tensor]:
-        """Log-probs [B, R] of the step's rows under each view, by column, from one forward of all views."""
-        return self.gather(PolicyWorker.compute_log_probs, views)
+    def compute_log_probs(self, *views: str, exact: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+        """Log-probs [B, R] of the step's rows under each view, by column, from one forward of all views; and columns
+        over the whole vocabulary (see forward_views)."""
+        return self.gather(PolicyWorker.compute_log_probs, views, exact)
 
 
 class ReferenceGroup(LogProbGroup):

@@ -131,12 +131,14 @@ def run_passes(plan: Plan, workers: Workers, batch: DataProto, timings: Timings)
     keeps = requirements.old and plan.config.algorithm.old_log_probs == OldLogProbs.auto and bool(waited.any())
     # Truncated weights correct for it one step ahead; and the engine's may be log-probs given another image.
     keeps = keeps and not plan.config.trainer.ahead and "drawn_under_view" not in batch
-    views = [ORIGINAL] * (keeps or requirements.old_pass) + list(requirements.stored_views)
+    makes_old = keeps or requirements.old_pass
+    views = [ORIGINAL] * (makes_old or bool(requirements.early_exact)) + list(requirements.stored_views)
     if views:
         with timings("log_probs"):
-            found = workers.actor.compute_log_probs(*views)
+            found = workers.actor.compute_log_probs(*views, exact=requirements.early_exact)
+        old = found.pop("log_probs", None)
         at_actor.update(found)
-        if (old := found.pop("log_probs", None)) is not None:
+        if makes_old:
             found["old_log_probs"] = torch.where(waited[:, None], batch["rollout_log_probs"], old) if keeps else old
             at_actor.update(() if keeps else ["old_log_probs"])
     if requirements.reference:

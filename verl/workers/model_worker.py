@@ -189,13 +189,13 @@ class PolicyWorker(ModelWorker):
         wrap = partial(PolicyModel, banned=special.banned, temperature=temperature, logits_chunk_size=chunk)
         self.policy = build_sharded(model, fsdp, wrap, self.device, dtype, self.config.trainer.n_gpus_per_node)
 
-    def compute_log_probs(self, views: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Log-probs [B, R] of this rank's rows under each view, by column, without gradient."""
+    def compute_log_probs(self, views: Sequence[str], exact: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+        """Log-probs [B, R] of this rank's rows under each view, and `exact` columns, without gradient."""
         self.take_back()
         budget = PASS_BUDGET * self.config.worker.actor.max_tokens_per_micro_batch
         keys = ("worker.actor.max_tokens_per_micro_batch", "worker.actor.logits_chunk_size")
         with explain_oom("the log-probs", self.settings(*keys)):
-            found = compute_log_probs(self.policy, self.rows, views, budget, self.device)
+            found = compute_log_probs(self.policy, self.rows, views, budget, self.device, exact)
         self.free_cache()
         return found
 
@@ -223,8 +223,8 @@ class ReferenceWorker(PolicyWorker):
     def states(self) -> list[torch.Tensor]:
         return []
 
-    def compute_log_probs(self, views: Sequence[str]) -> dict[str, torch.Tensor]:
-        found = super().compute_log_probs(views)
+    def compute_log_probs(self, views: Sequence[str], exact: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+        found = super().compute_log_probs(views, exact)
         self.park()
         return found
 
@@ -304,9 +304,9 @@ class ActorWorker(PolicyWorker):
     def describe(self, folder: str) -> None:
         save_description(self.policy, self.config.worker.actor.model, os.path.join(folder, "huggingface"))
 
-    def compute_log_probs(self, views: Sequence[str]) -> dict[str, torch.Tensor]:
+    def compute_log_probs(self, views: Sequence[str], exact: Sequence[str] = ()) -> dict[str, torch.Tensor]:
         """As above; the columns also stay here, for the update."""
-        found = super().compute_log_probs(views)
+        found = super().compute_log_probs(views, exact)
         kept = {"old_log_probs" if name == "log_probs" else name: column for name, column in found.items()}
         self.rows = self.rows.with_columns(kept)
         return found

@@ -32,16 +32,19 @@ def compute_log_probs(
     views: Sequence[str],
     budget: int,
     device: torch.device,
+    exact: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
     """Log-probs [B, R] float32 of the responses under each view, by column, on CPU, without gradient.
 
     Args:
         budget: Computed tokens of a micro-batch.
+        exact: Further columns, over the whole vocabulary (see forward_views).
     """
     policy.eval()
-    found = {view_column(view, "log_probs"): torch.zeros(batch["response_mask"].shape) for view in views}
+    names = [*(view_column(view, "log_probs") for view in views), *exact]
+    found = {name: torch.zeros(batch["response_mask"].shape) for name in names}
     for places, rows in micro_batches(batch, views, budget, device):
-        for name, column in forward_views(policy, rows, views, device).items():
+        for name, column in forward_views(policy, rows, views, device, exact).items():
             found[name][places] = column[: len(places)].float().cpu()
     return found
 
