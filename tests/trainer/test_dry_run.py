@@ -128,6 +128,9 @@ def test_the_whole_of_it_from_the_command_line(assets, mixed, caplog, tmp_path, 
     )
     options = [f"worker.reward.reward_function={reward}:score", "worker.reward.num_workers=1"]
     options += ["worker.actor.max_tokens_per_micro_batch=50", "trainer.n_gpus_per_node=1"]
+    template = tmp_path / "think.jinja"
+    template.write_text("{{ content }} Write <think>.")
+    options.append(f"data.format_prompt={template}")
     main(["--dry-run", "--config-name", "quickstart", *overrides(assets, mixed, *options)])
     said = caplog.text
     assert (
@@ -140,7 +143,12 @@ def test_the_whole_of_it_from_the_command_line(assets, mixed, caplog, tmp_path, 
         and "reference[0]: at most" in said
     )
     assert "1 of 3 responses could not be graded" in said
-    assert {path.name for path in tmp_path.iterdir()} == {"mixed.parquet", "reward.py"}  # nothing is written
+    assert "the prompts ask for <think>, and the likeliest answer to the first begins with" in said
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "mixed.parquet",
+        "reward.py",
+        "think.jinja",
+    }  # nothing written
 
 
 def test_a_full_gpu_is_an_error_that_names_the_keys():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -30,13 +31,29 @@ def finished(assets, tmp_path_factory) -> tuple[Path, str]:
 def test_a_run_leaves_everything_it_promises(finished):
     output, log = finished
     expected = {"config.yaml", "metrics.jsonl", "samples.jsonl", "model", "curves.png", "summary.json", "tensorboard"}
-    expected.add("checkpoints")
+    expected |= {"checkpoints", "machine.json", "pictures"}
     assert {p.name for p in output.iterdir()} == expected
     summary = json.loads((output / "summary.json").read_text())
     assert {"val_accuracy_before", "val_accuracy_after", "steps", "seconds", "seed"} <= set(summary)
     assert summary["steps"] == 2 and summary["seed"] == 1
     assert "4 prompts x 3 responses = 12 responses" in log and "Traceback" not in log
     assert "old log-probs, reference log-probs, log-probs of view 'masked' (no gradient)" in log
+
+
+def test_samples_show_what_each_token_owes_to_the_image(finished):
+    output, _ = finished
+    found = records(output / "samples.jsonl")
+    for sample in found:
+        assert len(sample["tokens"]) == len(sample["log_prob"]) > 0
+        assert "".join(sample["tokens"]).startswith(sample["response"].rstrip("\ufffd")[:3])
+        assert (output / sample["pictures"]["image"]).is_file()
+    train = [sample for sample in found if sample["split"] == "train"]
+    for sample in train:
+        view = sample["views"]["masked"]
+        apart = [m - own for m, own in zip(view["log_prob"], sample["log_prob"], strict=True)]
+        assert view["kl"] == pytest.approx([math.exp(d) - d - 1 for d in apart], abs=2e-3)
+        assert len(set(sample["advantage"])) == 1 and (output / sample["pictures"]["masked"]).is_file()
+    assert len(train) == 2 * 4 and len({sample["uid"] for sample in found if sample["split"] == "val"}) == 4
 
 
 def test_tensorboard_has_the_metrics_and_the_pictures_of_each_validation(finished):

@@ -7,6 +7,7 @@ import copy
 import itertools
 import logging
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,13 @@ from verl.trainer.plan import Plan
 from verl.trainer.state import TrainState
 from verl.trainer.step import prepare, sync, update
 from verl.trainer.workers import Workers
+from verl.workers.rollout.base import train_sampling
 
 logger = logging.getLogger(__name__)
 
 STEPS = 2  # the optimizer's state is there from the second on, and the engine wakes up beside it
 WORD = " a"
+TAG, ANSWER_TOKENS = "<think>", 16
 
 
 def dry_run(plan: Plan) -> list[str]:
@@ -58,6 +61,7 @@ def dry_run(plan: Plan) -> list[str]:
     try:
         start_ray(plan.layout, plan.config.trainer.nnodes)
         workers = Workers.build(plan)
+        warn_of_unwritten_tag(plan, workers)
         state = TrainState.new(plan)
         state.prompts = itertools.repeat((0, prompts))
         collector = Collector(plan, workers, state)
@@ -72,6 +76,30 @@ def dry_run(plan: Plan) -> list[str]:
         return report(timings, workers)
     finally:
         ray.shutdown()
+
+
+def warn_of_unwritten_tag(plan: Plan, workers: Workers) -> None:
+    """Warn where prompts ask for <think> and the model does not write it: it may be a token that was never trained,
+    and then no response has the format."""
+    item = plan.train_loader.dataset[0]
+    if TAG not in item["problem"]:
+        return
+    prompts, rollout = PromptCollator(plan.vision.special.pad)([item]), plan.config.worker.rollout
+    length = min(ANSWER_TOKENS, plan.config.data.max_response_length)
+    (request,) = train_sampling(rollout, length, [item["uid"]], epoch=0)
+    greedy = [replace(request, n=1, temperature=0.0, ignore_eos=False)]
+    found = workers.rollout.result(workers.rollout.generate(prompts, greedy))
+    ids = found["responses"][0][found["response_mask"][0].bool()].tolist()
+    answer = plan.vision.turn_start + plan.vision.tokenizer.decode(ids)
+    if not answer.lstrip().startswith(TAG):
+        logger.warning(
+            "the prompts ask for %s, and the likeliest answer to the first begins with %r: a reward for the format "
+            "begins at 0. Write the tags in data.format_prompt in another way (some models have %s as a token that was "
+            "never trained), or begin with a model that writes them",
+            TAG,
+            answer[:80],
+            TAG,
+        )
 
 
 def in_small(config: Config) -> Config:

@@ -152,7 +152,7 @@ def _on_gpus(trainers: list[Phase], engine: int, processes: int, shares: bool) -
 def models_of(case: Case, config: Config, shapes: dict[str, Shape], ranks: int) -> dict[str, Model]:
     """The models that a run trains or refers to, as one of so many ranks has them."""
     actor, critic, needs = config.worker.actor, config.worker.critic, case.requirements
-    size, kind = actor.logits_chunk_size, "exact" if needs.exact else "sampled"
+    size, kind = actor.logits_chunk_size, "exact" if needs.exact or needs.early_exact else "sampled"
     vocabulary, each = shapes["actor"].vocabulary, LOGIT_BYTES[kind]
     head = Term("logits of a chunk", size * vocabulary * each, f"{size} tokens x {vocabulary} x {each} bytes")
     own = _trained(shapes["actor"], config, actor, ranks, case.device, actor.model.enable_gradient_checkpointing)
