@@ -6,7 +6,8 @@ import base64
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +62,7 @@ def read_run(path: str, name: str, samples: int) -> Run:
             steps.append(step)
             values.append(None if value is None else float(f"{value:.{DIGITS}g}"))
     run.events = list(_lines(path, "events.jsonl"))
-    run.samples = chosen(list(_lines(path, "samples.jsonl")), samples)
+    run.samples = chosen(lambda: _lines(path, "samples.jsonl"), samples)
     for sample in run.samples:
         for file in sample.get("pictures", {}).values():
             if file not in run.pictures and os.path.isfile(os.path.join(path, file)):
@@ -82,25 +83,36 @@ def names_of(paths: Sequence[str]) -> list[str]:
     raise ValueError(f"the same run is named twice: {', '.join(paths)}")
 
 
-def chosen(samples: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+def chosen(read: Callable[[], Iterable[dict[str, Any]]], most: int) -> list[dict[str, Any]]:
     """Samples of steps that are spread evenly over the run, half of them of validations, each with the mark `right`,
-    and `changed` where the answer to a validation's question is right and was wrong the time before, or the reverse."""
-    before: dict[str, bool] = {}
-    for sample in samples:
+    and `changed` where the answer to a validation's question is right and was wrong the time before, or the reverse.
+
+    Args:
+        read: Gives all samples, one after the other; a long run has gigabytes of them.
+    """
+    counts: dict[str, Counter[int]] = {"val": Counter(), "train": Counter()}
+    for sample in read():
+        counts[sample["split"]][sample["step"]] += 1
+    wanted = {split: _spread(found, most // 2) for split, found in counts.items()}
+    kept, before = [], {}
+    for sample in read():
         score = sample["score"]
         value = score.get("accuracy") if score.get("accuracy") is not None else score.get("overall")
         sample["right"] = None if value is None else value >= 0.5
         if sample["split"] == "val" and sample["right"] is not None:
             sample["changed"] = before.get(sample["uid"], sample["right"]) != sample["right"]
             before[sample["uid"]] = sample["right"]
-    kept = []
-    for split in ("val", "train"):
-        steps = sorted({sample["step"] for sample in samples if sample["split"] == split})
-        each = max(1, sum(sample["split"] == split for sample in samples) // max(len(steps), 1))
-        count = min(len(steps), max(1, most // 2 // each))
-        wanted = {steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)}
-        kept += [sample for sample in samples if sample["split"] == split and sample["step"] in wanted]
-    return sorted(kept, key=lambda sample: sample["step"])
+        if sample["step"] in wanted[sample["split"]]:
+            kept.append(sample)
+    return kept
+
+
+def _spread(counts: Counter[int], most: int) -> set[int]:
+    """Steps, the first and the last among them, that have about `most` samples together."""
+    steps = sorted(counts)
+    each = max(1, counts.total() // max(len(steps), 1))
+    count = min(len(steps), max(1, most // each))
+    return {steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)}
 
 
 def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -83,11 +83,11 @@ def test_a_run_is_read(tmp_path):
 def test_samples_are_spread_and_marked():
     rows = [sample(step, "train", f"t:{step}", 1.0) for step in range(1, 1001) for _ in range(4)]
     rows += [sample(step, "val", "v:1", float(step > 20)) for step in range(0, 60, 10)]
-    found = chosen(rows, 100)
+    found = chosen(lambda: rows, 100)
     train = sorted({one["step"] for one in found if one["split"] == "train"})
     assert (train[0], train[-1], len(train)) == (1, 1000, 12)
     assert [one["changed"] for one in found if one["split"] == "val"] == [False, False, False, True, False, False]
-    assert chosen([sample(1, "train", "t", None)], 10)[0]["right"] is None
+    assert chosen(lambda: [sample(1, "train", "t", None)], 10)[0]["right"] is None
 
 
 def test_a_long_run_stays_small(tmp_path):
