@@ -117,6 +117,7 @@ def test_the_page_in_a_browser(tmp_path, browser):
     page_file = tmp_path / "report.html"
     main(["report", *two_runs(tmp_path), "--out", str(page_file)])
     page, said, asked = browser.new_page(viewport={"width": 1300, "height": 900}), [], []
+    page.set_default_timeout(300_000)  # a browser beside other tests is slow
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda error: said.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
