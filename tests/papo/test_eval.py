@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -256,7 +257,8 @@ def server(assets, tmp_path_factory):
     module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(assets / "model")]
     settings = {**os.environ, **ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with open(log, "wb") as file:
-        process = subprocess.Popen([*module, "--port", str(port), *options], env=settings, stdout=file, stderr=file)
+        command = [*module, "--port", str(port), *options]
+        process = subprocess.Popen(command, env=settings, stdout=file, stderr=file, start_new_session=True)
     url = f"http://127.0.0.1:{port}/v1"
     for _ in range(600):
         assert process.poll() is None, log.read_text()[-4000:]
@@ -266,7 +268,7 @@ def server(assets, tmp_path_factory):
         except httpx.HTTPError:
             time.sleep(0.5)
     yield url, process, log
-    process.kill()
+    os.killpg(process.pid, signal.SIGKILL)  # its engine is a process of its own, which would stay
     process.wait()
 
 
