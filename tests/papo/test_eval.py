@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -268,7 +269,8 @@ def server(assets, tmp_path_factory):
         except httpx.HTTPError:
             time.sleep(0.5)
     yield url, process, log
-    os.killpg(process.pid, signal.SIGKILL)  # its engine is a process of its own, which would stay
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # its engine is a process of its own, which would stay
     process.wait()
 
 
