@@ -52,6 +52,7 @@ COLUMNS: dict[str, Column] = {
     ),
     "rollout_log_probs": Column("B R", FLOAT, "rollout", "log-probs as the engine sampled", "right"),
     "weight_version": Column("B", INT, "rollout", "number of weight syncs that the engine had received"),
+    "epoch": Column("B", INT, "collect", "epoch in which the prompt was drawn, which its masks follow from"),
     "drawn_under_view": Column("B", torch.bool, "collect", "drawn given a view (algorithm.rollout_view)"),
     "baseline_scores": Column("B", FLOAT, "collect", "reward of the prompt's greedy response, or NaN"),
     "outcome": Column("B", None, "collect", "how a response was graded, where a filter had to know"),

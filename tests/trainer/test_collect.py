@@ -65,6 +65,7 @@ def make(assets, tmp_path):
                 "data.format_prompt=null",
                 f"worker.actor.model.model_path={assets / 'model'}",
                 f"trainer.max_try_make_batch={tries}",
+                "trainer.samples_per_step=0",
             ],
         )
         config = replace(config, algorithm=replace(config.algorithm, **algorithm))

@@ -51,7 +51,11 @@ def collector(assets, tmp_path, in_repository):
         "noisy_rollout",
         [
             *(f"data.train_files={path}", "data.val_files=null", "data.format_prompt=null", f"worker.rollout.n={N}"),
-            *(f"worker.actor.model.model_path={assets / 'model'}", f"trainer.max_steps={STEPS}"),
+            *(
+                f"worker.actor.model.model_path={assets / 'model'}",
+                f"trainer.max_steps={STEPS}",
+                "trainer.samples_per_step=0",
+            ),
         ],
     )
     vision = VisionProcessor(str(assets / "model"), 784, 12544)

@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from jinja2 import TemplateError
+from PIL.Image import Image
 from torch.utils.data import Dataset
 
 from verl.config.data import DataConfig, PromptTruncation
@@ -77,6 +78,16 @@ class PromptDataset(Dataset):
         """The name of an item: its file and row, and which copy of the row it is."""
         copy, place = divmod(item, len(self))
         return self.rows.uid(self.indices[place]) + (f"#{copy}" if copy else "")
+
+    def images_of(self, uid: str) -> list[Image]:
+        """The pictures of the row with this `uid`."""
+        name, _, number = uid.rpartition(":")
+        index = int(number.partition("#")[0])
+        for source in self.rows.sources:
+            if source.name == name:
+                return self.rows.pictures(self.rows[index])
+            index += source.num_rows
+        raise KeyError(uid)
 
     def __getitem__(self, item: int) -> dict[str, Any]:
         index = self.indices[item % len(self)]

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-from PIL import Image
 
 from verl.algorithms.groups import group_mean, keep_groups
 from verl.algorithms.rewards import overlong_penalty
@@ -82,7 +81,6 @@ class Collector:
         self.workers = workers
         self.state = state
         self.ahead = False
-        self.sources: dict[str, tuple[list[Image.Image], int]] = {}  # pictures and epoch of recent prompts, by uid
         views = plan.config.algorithm.views
         self.views = views_to_show({view: views[view] for view in plan.requirements.views})
 
@@ -137,14 +135,13 @@ class Collector:
         return rows
 
     def _pictures(self, rows: DataProto) -> list[Pictures]:
-        """Thumbnails of the first rows, in their masks; rows that a checkpoint has brought have none."""
-        found, seed = [], self.config.trainer.seed
+        """Thumbnails of the first rows, in their masks."""
+        found, seed, images = [], self.config.trainer.seed, {}
         for row, uid in enumerate(rows["uid"][: self.config.trainer.samples_per_step]):
-            images, epoch = self.sources.get(uid, ([], 0))
-            response = row % self.plan.sizes.responses_per_prompt
-            found.append(thumbnails(uid, images, self.views, self.plan.vision, seed, epoch, response))
-        waiting = self.state.waiting
-        self.sources = {uid: self.sources[uid] for uid in (waiting["uid"] if waiting else ()) if uid in self.sources}
+            if uid not in images:
+                images[uid] = self.plan.train_loader.dataset.images_of(uid)
+            response, epoch = row % self.plan.sizes.responses_per_prompt, int(rows["epoch"][row])
+            found.append(thumbnails(uid, images[uid], self.views, self.plan.vision, seed, epoch, response))
         return found
 
     def _missing(self, rows: DataProto | None) -> int:
@@ -190,9 +187,8 @@ class Collector:
         return seen.with_columns(objects={"mm_inputs": seen[view_column(options.view, "mm_inputs")]}).select(columns)
 
     def _views(self, pending: Pending) -> DataProto:
-        pairs = zip(pending.prompts["uid"], pending.prompts["images"], strict=True)
-        self.sources |= {uid: (images, pending.epoch) for uid, images in pairs}
-        return add_views(self.plan, pending.prompts, pending.epoch)
+        rows = add_views(self.plan, pending.prompts, pending.epoch)
+        return rows.with_columns({"epoch": torch.full((len(rows),), pending.epoch)})
 
     def _baseline(self, prompts: DataProto, greedy: DataProto) -> torch.Tensor:
         """[B] for each row of a step, the reward of its prompt's greedy response; NaN where that was not graded."""

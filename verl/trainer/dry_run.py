@@ -115,6 +115,7 @@ def in_small(config: Config) -> Config:
     small.trainer.val_only = False
     small.trainer.max_steps = STEPS
     small.trainer.critic_warmup = 0
+    small.trainer.samples_per_step = 0  # nothing is written
     small.worker.rollout.ignore_eos = True
     return small
 
