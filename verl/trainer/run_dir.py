@@ -45,7 +45,10 @@ class RunDir:
         os.makedirs(self.path, exist_ok=True)
         with atomic_path(self.file("config.yaml")) as temporary:
             OmegaConf.save(OmegaConf.create(settings(config)), temporary)
-        self._write_json("machine.json", machine())
+        if (found := machine()) != self._read_json(
+            "machine.json"
+        ):  # a complete run that is started again stays as it is
+            self._write_json("machine.json", found)
 
     def _go_on_after(self, step: int) -> None:
         for name in sorted(os.listdir(self.path)):
@@ -105,9 +108,12 @@ class RunDir:
 
     def read_summary(self) -> dict[str, Any] | None:
         """summary.json; None where the run has not come to its end."""
-        if not os.path.exists(self.file("summary.json")):
+        return self._read_json("summary.json")
+
+    def _read_json(self, name: str) -> dict[str, Any] | None:
+        if not os.path.exists(self.file(name)):
             return None
-        with open(self.file("summary.json"), encoding="utf-8") as file:
+        with open(self.file(name), encoding="utf-8") as file:
             return json.load(file)
 
     def remove_summary(self) -> None:
