@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+import torch
+
 from verl.algorithms.losses.term import Columns, TermOutput, loss_term, only_view_rows
 from verl.columns import view_column
 from verl.config.algorithm import LossTermConfig
@@ -49,7 +51,7 @@ def _requires(config: EntropyTermConfig) -> tuple[str, ...]:
 
 
 @loss_term("entropy", EntropyTermConfig, requires=_requires)
-def entropy(columns: Columns, config: EntropyTermConfig) -> TermOutput:
+def entropy(columns: Columns, config: EntropyTermConfig) -> TermOutput | torch.Tensor:
     """The entropy per token, minimised: PAPO's double entropy (arXiv 2507.06448, section 5.3) is this term twice,
     over the original and the masked view. The paper's H carries the other sign by mistake.
 
@@ -62,10 +64,10 @@ def entropy(columns: Columns, config: EntropyTermConfig) -> TermOutput:
     """
     values = columns[_column(config)]
     values = -values if config.estimator == EntropyEstimator.sampled else values
-    metrics = {}
-    if config.banded:
-        metrics[_column(config)] = values
-        below = values.new_zeros(()) if config.low is None else (config.low - values).clamp(min=0)
-        above = values.new_zeros(()) if config.high is None else (values - config.high).clamp(min=0)
-        values = below + above
-    return TermOutput(only_view_rows(values, columns, config.view) if config.view else values, metrics)
+    if not config.banded:
+        return only_view_rows(values, columns, config.view) if config.view else values
+    below = values.new_zeros(()) if config.low is None else (config.low - values).clamp(min=0)
+    above = values.new_zeros(()) if config.high is None else (values - config.high).clamp(min=0)
+    outside = below + above
+    outside = only_view_rows(outside, columns, config.view) if config.view else outside
+    return TermOutput(outside, {_column(config): values})
