@@ -26,11 +26,8 @@ pytestmark = [pytest.mark.run, pytest.mark.usefixtures("in_repository")]
 # without; the second update of the first step has no image on any rank, those of the second step one on rank 0 alone.
 IMAGES = [1, 2, 0, 0, 1, 0, 1, 0]
 LIVE = {"papo_grpo_live": {"masked"}, "papo_banded": {"masked"}, "dvrp": {"masked", "noised"}}
-STORED = {"papo_grpo", "papo_grpo_3b", "papo_grpo_no_kl_ref", "papo_dapo", "papo_upstream", "vppo", "quickstart"}
-STORED |= {
-    "papo_noisy_rollout",
-    "papo_banded",
-}  # the latter's reward reads the masked log-probs before the updates, its entropy those within
+STORED = {"papo_grpo", "papo_grpo_3b", "papo_grpo_no_kl_ref", "papo_dapo", "papo_upstream", "papo_noisy_rollout"}
+STORED |= {"papo_banded", "vppo", "pgpo", "tor", "vepo", "quickstart"}  # papo_banded's reward reads the stored view
 
 
 def compose(preset: str, assets: Path, folder: Path) -> Config:

@@ -159,8 +159,11 @@ class DataParallelActor:
             difference = (live["log_probs"].detach() - stored["old_log_probs"])[mask.bool()]
             metrics.add_max("actor/first_log_ratio_max", difference.abs().max().item() if len(difference) else 0.0)
         average = self.config.loss_avg_mode
-        losses = compute_losses(self.terms, {**stored, **live}, mask, average, denominators, metrics, coefs)
-        gradients = self._gradients_by_term(losses, live, mask, denominators[ALL], metrics)
+        # Leaves of their own: FSDP gathers the weights whenever a gradient reaches what its forward returned, here once
+        # for each term, and not on a rank whose rows a term leaves out.
+        leaves = {name: column.detach().requires_grad_() for name, column in live.items()}
+        losses = compute_losses(self.terms, {**stored, **leaves}, mask, average, denominators, metrics, coefs)
+        gradients = self._gradients_by_term(losses, leaves, mask, denominators[ALL], metrics)
         # FSDP averages over ranks; the denominators are global already, so the shares must be summed.
         torch.autograd.backward(list(live.values()), [g * dist.get_world_size() for g in gradients])
         self.step.widen_gradients()
@@ -179,7 +182,7 @@ class DataParallelActor:
         denominators: Denominators,
         metrics: MetricBag,
     ) -> list[torch.Tensor]:
-        """d loss / d log-probs [B, R] of each live column, summed over terms; term by term to see who does what.
+        """d loss / d log-probs [B, R] of each live column, a leaf, summed over terms; term by term to see who does what.
 
         Terms are functions of the log-probs alone, so this costs a few operations per token. It shows how hard
         each term pulls on a token (`actor/grad_per_token/<term>`: mean |d loss / d log-prob|, times the tokens of the
