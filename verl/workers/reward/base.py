@@ -60,8 +60,8 @@ class RewardError(Exception):
 
 
 def readable(reward_input: RewardInput) -> dict[str, Any]:
-    """A sample as a person reads it: without token ids."""
-    return {name: value for name, value in reward_input.items() if name != "response_ids"}
+    """A sample as a person reads it: without token ids and step."""
+    return {name: value for name, value in reward_input.items() if name not in ("response_ids", "step")}
 
 
 def shown(reward_input: RewardInput) -> str:
