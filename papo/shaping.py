@@ -20,7 +20,7 @@ from verl.config.option import option
 
 
 class Score(StrEnum):
-    """What a token is judged by; see `score_of`."""
+    """Measure of a token; see `score_of`."""
 
     kl = "kl"
     full_kl = "full_kl"
@@ -33,7 +33,7 @@ class Score(StrEnum):
 
 
 class Weight(StrEnum):
-    """What a token's advantage is multiplied by; see `tokens`."""
+    """Factor on a token's advantage; see `tokens`."""
 
     chosen = "chosen"
     ramp = "ramp"

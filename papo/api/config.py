@@ -61,10 +61,11 @@ class PAPOConfig:
         preset.take(self.changes() | (changes or {}))
         return preset
 
-    def to_preset(self) -> str:
-        """The arguments as a Hydra preset, a file for `--config-dir`, without the trainer's arguments: model, data and
-        rewards (`PAPOTrainer.to_preset` has them)."""
-        return self.preset().to_yaml() + "".join(f"# and the override {word}\n" for word in self.overrides)
+    def to_preset(self, changes: Changes | None = None) -> str:
+        """The arguments and `changes` as a Hydra preset, a file for `--config-dir`; overrides, which a preset cannot
+        hold, are comments behind it. Model, data and rewards are in `PAPOTrainer.to_preset`."""
+        overrides = "".join(f"# with the override {word}\n" for word in self.overrides)
+        return self.preset(changes).to_yaml() + overrides
 
     def folder(self, model: str) -> str:
         """The run's folder, of the model called `model`."""

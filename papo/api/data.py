@@ -20,10 +20,6 @@ NO_ANSWER = "-"  # a reward reads what it needs from columns of its own
 FINGERPRINT = "papo_source.json"
 
 
-def image_column(rows: Dataset) -> str | None:
-    return next((name for name in IMAGES if name in rows.column_names), None)
-
-
 def store(rows: Dataset | Sequence[dict[str, Any]], folder: str, name: str) -> tuple[str, str | None]:
     """Write the dataset called `name` (train_dataset, eval_dataset) to `folder`, unless it lies there already.
 
@@ -42,18 +38,17 @@ def store(rows: Dataset | Sequence[dict[str, Any]], folder: str, name: str) -> t
     rows = rows if isinstance(rows, Dataset) else Dataset.from_list([dict(row) for row in rows])
     if "prompt" not in rows.column_names or not len(rows):
         raise ValueError(f"{name} has {len(rows)} rows with the columns {rows.column_names}: `prompt` is needed")
-    images, state = image_column(rows), {"fingerprint": rows._fingerprint, "rows": len(rows)}
+    images = next((n for n in IMAGES if n in rows.column_names), None)
+    state = {"fingerprint": rows._fingerprint, "rows": len(rows)}
     about = os.path.join(folder, FINGERPRINT)
     if os.path.isfile(about):
         with open(about, encoding="utf-8") as file:
             if json.load(file) == state:
                 return folder, images
     counts = count_images(rows.with_format("arrow")[:], images) if images else [0] * len(rows)
-    prompts, some = (
-        rows.select_columns(["prompt"])["prompt"],
-        next((n for n in ANSWERS if n in rows.column_names), None),
-    )
-    answers = rows.select_columns([some])[some] if some else [None] * len(rows)
+    prompts = rows.select_columns(["prompt"])["prompt"]
+    answer = next((n for n in ANSWERS if n in rows.column_names), None)
+    answers = rows.select_columns([answer])[answer] if answer else [None] * len(rows)
     texts = []
     for number, (prompt, count) in enumerate(zip(prompts, counts, strict=True)):
         try:

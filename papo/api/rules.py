@@ -131,21 +131,16 @@ def saving(given: Any) -> Changes:
 
 
 def warmup(given: Any) -> Changes:
-    ratio = 0 < given.warmup_steps < 1
-    return {
-        f"{OPTIM}.lr_warmup_ratio" if ratio else f"{OPTIM}.lr_warmup_steps": given.warmup_steps
-        if ratio
-        else int(given.warmup_steps)
-    }
+    if 0 < given.warmup_steps < 1:
+        return {f"{OPTIM}.lr_warmup_ratio": given.warmup_steps}
+    return {f"{OPTIM}.lr_warmup_steps": int(given.warmup_steps)}
 
 
 def schedule(given: Any) -> Changes:
     names = {"linear": "linear", "cosine": "cosine", "cosine_with_min_lr": "cosine"}
     names |= dict.fromkeys(("constant", "constant_with_warmup"), "constant")
-    name, options = (
-        str(getattr(given.lr_scheduler_type, "value", given.lr_scheduler_type)),
-        given.lr_scheduler_kwargs or {},
-    )
+    name = str(getattr(given.lr_scheduler_type, "value", given.lr_scheduler_type))  # a text, or transformers' enum
+    options = given.lr_scheduler_kwargs or {}
     if name not in names or set(options) - {"min_lr", "min_lr_rate"}:
         raise ValueError(
             f"lr_scheduler_type={name} with {options}: one of {', '.join(names)}, with min_lr or min_lr_rate"

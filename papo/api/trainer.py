@@ -200,9 +200,9 @@ class PAPOTrainer:
             upload(path, repo or self.args.hub_model_id or os.path.basename(self.output_dir))
 
     def to_preset(self) -> str:
-        """The whole run as a Hydra preset: a file for `--config-dir`, with which the trainer's command does what
-        `train()` does."""
-        return self.args.preset(self._changes()).to_yaml()
+        """The whole run as a Hydra preset: a file for `--config-dir`, with which the trainer's command, given the
+        overrides in its comments, does what `train()` does."""
+        return self.args.to_preset(self._changes())
 
     @property
     def _trained(self) -> str:
@@ -233,7 +233,7 @@ class PAPOTrainer:
         return folder
 
     def _changes(self) -> Changes:
-        """What the trainer's arguments say, as keys."""
+        """The trainer's arguments as keys."""
         inputs, folder = f"{self.output_dir}{INPUTS}", self.output_dir
         os.makedirs(inputs, exist_ok=True)
         functions = os.path.join(inputs, "rewards.pkl")

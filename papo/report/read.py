@@ -32,7 +32,7 @@ GROUPS = {
 
 @dataclass
 class Run:
-    """What is left of a run's folder in the page.
+    """A run's part of the page.
 
     Attributes:
         series: By metric (steps, values).

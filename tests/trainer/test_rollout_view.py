@@ -12,6 +12,7 @@ from papo.corruption.fill import BlankConfig, GaussianNoiseConfig
 from papo.corruption.patches import PatchConfig
 from tests.fakes.rows import row, write_parquet
 from verl.algorithms.requirements import requirements_of
+from verl.config.algorithm import RolloutViewConfig
 from verl.config.compose import compose_config
 from verl.config.option import check_options
 from verl.config.sizes import Sizes
@@ -118,6 +119,12 @@ def test_rows_of_a_prompt_are_side_by_side():
 def test_what_does_not_fit_is_refused(overrides, says, in_repository):
     with pytest.raises(ValueError, match=says):
         check_options(compose_config("noisy_rollout", ["+task=digits", *overrides]))
+
+
+@pytest.mark.parametrize(("share", "responses", "drawn"), [(0.5, 5, 2), (0.9, 3, 2), (0.1, 4, 1), (0.5, 2, 1)])
+def test_some_responses_are_drawn_under_the_view_and_not_all(share, responses, drawn):
+    assert RolloutViewConfig(view="noised", share=share).drawn(responses) == drawn
+    assert RolloutViewConfig(share=share).drawn(responses) == 0
 
 
 def test_only_a_view_with_a_strength_can_fade():

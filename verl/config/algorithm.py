@@ -211,8 +211,8 @@ class RolloutViewConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def drawn(self, responses: int) -> int:
-        """How many of a prompt's `responses` are drawn under the view."""
-        return round(self.share * responses) if self.view is not None else 0
+        """The number of a prompt's `responses` that are drawn under the view: with one, some and not all."""
+        return min(max(round(self.share * responses), 1), responses - 1) if self.view is not None else 0
 
 
 @dataclass
