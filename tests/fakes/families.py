@@ -11,6 +11,12 @@ import torch
 from PIL import Image
 from transformers import (
     AutoProcessor,
+    AutoTokenizer,
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -22,6 +28,8 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3VLConfig,
@@ -34,15 +42,19 @@ MODELS: dict[str, type[PreTrainedModel]] = {
     "qwen2_vl": Qwen2VLForConditionalGeneration,
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
     "qwen3_vl": Qwen3VLForConditionalGeneration,
+    "qwen3_5": Qwen3_5ForConditionalGeneration,
+    "internvl": InternVLForConditionalGeneration,
     "qwen2": Qwen2ForCausalLM,
     "qwen3": Qwen3ForCausalLM,
 }
-VISION = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-TIED = ("qwen3_vl", "qwen2")  # as their small members are
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+VISION = (*QWEN, "internvl")
+TIED = ("qwen3_vl", "qwen3_5", "qwen2")  # as their small members are
 # Large enough that a picture shows in the log-probs of untrained weights.
 SPREAD = 0.1
 # The turn of a Thinking model begins inside its thoughts.
 THINKING = "assistant\n<think>\n"
+INTERN_TOKENS = {"start_image": "<img>", "end_image": "</img>", "context_image": "<IMG_CONTEXT>", "video": "<video>"}
 
 
 def picture(width: int, height: int, seed: int = 0) -> dict[str, Any]:
@@ -71,8 +83,12 @@ def make_model(folder: Path, model_type: str, processor_folder: Path) -> Path:
     original = AutoProcessor.from_pretrained(processor_folder)
     tokenizer = original.tokenizer
     template = original.chat_template
-    if model_type == "qwen3_vl":
+    if model_type in ("qwen3_vl", "qwen3_5"):
         template = template.replace("assistant\n", THINKING)
+    if model_type == "internvl":
+        template = template.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\\n")
+        extra = {f"{name}_token": token for name, token in INTERN_TOKENS.items()}
+        tokenizer = AutoTokenizer.from_pretrained(processor_folder, extra_special_tokens=extra)
     torch.manual_seed(5)
     model = MODELS[model_type](config_of(model_type, tokenizer))
     with torch.no_grad():  # rotary positions alone would hide an image's place from untrained biases and norms
@@ -89,10 +105,15 @@ def make_model(folder: Path, model_type: str, processor_folder: Path) -> Path:
 
 
 def processor_of(model_type: str, tokenizer: Any, template: str) -> Any:
+    if model_type == "internvl":
+        pictures = GotOcr2ImageProcessor(size=TILE, max_patches=12)
+        options = {"image_seq_length": (TILE["height"] // 28) ** 2, "chat_template": template}
+        return InternVLProcessor(pictures, tokenizer, InternVLVideoProcessor(size=TILE), **options)
     kind, videos, patch = {
         "qwen2_vl": (Qwen2VLProcessor, Qwen2VLVideoProcessor, 14),
         "qwen2_5_vl": (Qwen2_5_VLProcessor, Qwen2VLVideoProcessor, 14),
         "qwen3_vl": (Qwen3VLProcessor, Qwen3VLVideoProcessor, 16),
+        "qwen3_5": (Qwen3VLProcessor, Qwen3VLVideoProcessor, 16),
     }[model_type]
     patches = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2}
     if patch == 16:
@@ -129,6 +150,15 @@ def config_of(model_type: str, tokenizer: Any) -> Any:
         return Qwen2Config(**text)
     if model_type == "qwen3":
         return Qwen3Config(**text)
+    if model_type == "internvl":
+        return InternVLConfig(
+            text_config={**text, "model_type": "qwen3", "head_dim": 32},
+            vision_config=VISION_CONFIGS[model_type],
+            image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+            image_seq_length=(TILE["height"] // 28) ** 2,
+            tie_word_embeddings=text["tie_word_embeddings"],
+            dtype="float32",
+        )
     ids = {
         f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
         for name, token in (
@@ -142,7 +172,15 @@ def config_of(model_type: str, tokenizer: Any) -> Any:
     rope["mrope_section"] = [4, 6, 6]
     if model_type == "qwen3_vl":
         rope |= {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
-    kind = {"qwen2_vl": Qwen2VLConfig, "qwen2_5_vl": Qwen2_5_VLConfig, "qwen3_vl": Qwen3VLConfig}[model_type]
+    if model_type == "qwen3_5":
+        rope |= {"mrope_section": [3, 3, 2], "mrope_interleaved": True, "partial_rotary_factor": 0.25}
+        text |= LINEAR
+    kind = {
+        "qwen2_vl": Qwen2VLConfig,
+        "qwen2_5_vl": Qwen2_5_VLConfig,
+        "qwen3_vl": Qwen3VLConfig,
+        "qwen3_5": Qwen3_5Config,
+    }[model_type]
     return kind(
         text_config=text,
         vision_config={"num_heads": 2, "depth": 3, "initializer_range": SPREAD, "spatial_merge_size": 2, **vision},
@@ -153,6 +191,16 @@ def config_of(model_type: str, tokenizer: Any) -> Any:
     )
 
 
+# Heads of 128 are those that vLLM's linear attention runs with on a CPU.
+LINEAR: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "head_dim": 64,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
+}
+TILE = {"height": 56, "width": 56}
 VISION_CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_vl": {"embed_dim": 64, "hidden_size": 64, "mlp_ratio": 2, "patch_size": 14},
     "qwen2_5_vl": {
@@ -170,5 +218,21 @@ VISION_CONFIGS: dict[str, dict[str, Any]] = {
         "patch_size": 16,
         "num_position_embeddings": 64,
         "deepstack_visual_indexes": [0, 1],
+    },
+    "qwen3_5": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "out_hidden_size": 64,
+        "patch_size": 16,
+        "num_position_embeddings": 64,
+    },
+    "internvl": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "patch_size": 14,
+        "image_size": TILE["height"],
+        "initializer_range": SPREAD,
     },
 }

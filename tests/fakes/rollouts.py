@@ -30,6 +30,7 @@ def make_batch(
     lengths[0] = width
     mask = (torch.arange(width)[None] < lengths[:, None]).long()
     ids = torch.randint(30, len(vision.tokenizer), (rows, width), generator=generator)
+    ids[torch.isin(ids, torch.tensor(vision.special.banned))] = 30
     rollout = DataProto.from_dict(
         {
             "responses": torch.where(mask.bool(), ids, vision.special.pad),

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config
 
 from papo.corruption.patches import RandomPatchConfig
 from tests.fakes.actors import build_actor, gradient, log_probs, on_ranks, process_group, update, weights
 from tests.fakes.critics import build_critic, plain_values
-from tests.fakes.families import MODELS, VISION
+from tests.fakes.families import MODELS, QWEN, VISION
 from tests.fakes.rollouts import make_batch
 from verl.algorithms.losses.entropy import EntropyTermConfig
 from verl.algorithms.losses.policy import PolicyTermConfig
@@ -79,7 +79,7 @@ def test_every_supported_family_is_tested():
 
 @pytest.mark.parametrize("sizes", SIZES, ids=len)
 def test_positions_equal_those_of_transformers(families, sizes):
-    for model_type in VISION:
+    for model_type in QWEN:
         folder = str(families[model_type] / "model")
         vision = VisionProcessor(folder, min_pixels=784, max_pixels=50176)
         model = AutoModelForImageTextToText.from_pretrained(folder)
@@ -92,6 +92,17 @@ def test_positions_equal_those_of_transformers(families, sizes):
         after = positions_of_response(encoded["prompt_positions"][None], 3)[0]
         first = len(ids) + int(delta)  # transformers goes on at length + delta
         assert after.tolist() == [[first, first + 1, first + 2]] * 3
+
+
+@pytest.mark.parametrize("model_type", VISION)
+def test_the_tokens_of_an_image_follow_from_its_size(families, model_type):
+    vision = VisionProcessor(str(families[model_type] / "model"), min_pixels=784, max_pixels=20000)
+    text = vision.chat_text("Look: <image>")
+    for size in [(28, 28), (56, 56), (57, 112), (200, 40), (300, 300), (40, 390), (130, 131)]:
+        encoded = vision.encode_prompt(text, [Image.new("RGB", size)])
+        assert len(encoded["prompt_ids"]) == vision.count_tokens([text])[0] - 1 + vision.num_image_tokens(*size)
+        ((_, length),) = vision.family.image_spans(encoded["prompt_ids"], encoded["mm_inputs"], vision.config, "a")
+        assert length == encoded["mm_inputs"].patches // vision.family.merge(vision.config) ** 2
 
 
 def test_positions_of_text_count(case):
@@ -160,7 +171,8 @@ def test_two_updates_on_two_ranks_one_of_which_has_no_image_are_those_on_one(cas
 def test_a_frozen_vision_tower_stays(families, model_type, one_rank):
     folder = families[model_type]
     moved, _ = gradient(folder / "model", make_batch(folder), terms=TERMS, live=False, freeze_vision_tower=True)
-    assert all((step != 0).any() != ("visual" in name) for name, step in moved.items())
+    tower = family_of(AutoConfig.from_pretrained(folder / "model")).tower_name
+    assert all((step != 0).any() != name.startswith(tower) for name, step in moved.items())
 
 
 def test_bfloat16_and_gradient_checkpointing_as_in_real_runs(case, one_rank):
@@ -219,19 +231,30 @@ def test_modality_tokens_are_banned_and_the_end_token_is_not(case):
     assert not set(vision.special.eos) & set(vision.special.banned)
 
 
-@pytest.mark.parametrize(("model_type", "patch"), [("qwen2_vl", 14), ("qwen3_vl", 16)])
+def patches_of(tensors: dict[str, torch.Tensor], patch: int) -> torch.Tensor:
+    """[patches, values] of an image, those of InternVL's small picture behind its tiles left out."""
+    pixels = tensors["pixel_values"]
+    if pixels.dim() == 2:
+        return pixels
+    tiles = pixels[:-1] if len(pixels) > 1 else pixels
+    return torch.nn.functional.unfold(tiles, patch, stride=patch).transpose(1, 2).flatten(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "patch"), [("qwen2_vl", 14), ("qwen3_vl", 16), ("qwen3_5", 16), ("internvl", 14)]
+)
 def test_masks_of_a_resized_picture_lie_on_the_towers_patches(families, model_type, patch):
     vision = VisionProcessor(str(families[model_type] / "model"), 784, 12544)
-    assert vision.image_processor.patch_size == patch
+    assert vision.family.patch_size(vision.config) == patch
     pixels = np.random.default_rng(0).integers(1, 256, (50, 90, 3), dtype=np.uint8)
     images = [Image.fromarray(pixels)]
     original = vision.encode_prompt(vision.chat_text("<image>"), images)["mm_inputs"]
     objects = {"uid": ["a"], "images": [images], "view_images": [{}], "mm_inputs": [original]}
     row = DataProto.from_dict({"response_mask": torch.ones(1, 1)}, objects)
-    black = vision.encode_images([Image.new("RGB", (2 * patch, 2 * patch))]).tensors()["pixel_values"][0]
+    black = patches_of(vision.encode_images([Image.new("RGB", (2 * patch, 2 * patch))]).tensors(), patch)[0]
     config = RandomPatchConfig(stage="resized", prob=0.5, patch_size=patch)
-    masked = add_view(row, "masked", config, vision, 1, 0)["masked_mm_inputs"][0].tensors()["pixel_values"]
-    hidden, kept = (masked == black).all(dim=1), (masked == original.tensors()["pixel_values"]).all(dim=1)
+    masked = patches_of(add_view(row, "masked", config, vision, 1, 0)["masked_mm_inputs"][0].tensors(), patch)
+    hidden, kept = (masked == black).all(dim=1), (masked == patches_of(original.tensors(), patch)).all(dim=1)
     assert bool((hidden ^ kept).all()) and hidden.any() and kept.any()
 
 

@@ -24,8 +24,15 @@ from verl.workers.fsdp.export import plain_weights, save_huggingface
 
 LORA = LoRAConfig(rank=4, alpha=8)
 NEEDS_VLLM = pytest.mark.vllm
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen2")  # head of its own, tied with deepstack, tied without images
+# Head of its own, tied with deepstack, linear attention, a projector beside the tower, tied without images.
+FAMILIES = ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl", "qwen2")
 LANGUAGE = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+LINEAR = {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"}  # of linear attention
+
+
+def language_layers(model_type: str) -> tuple[set[str], int]:
+    """The names and the number of linear layers in the language model, of three blocks."""
+    return (LANGUAGE | LINEAR, 2 * 8 + 7) if model_type == "qwen3_5" else (LANGUAGE, 3 * 7)
 
 
 def read(folder, model_type: str, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
@@ -107,7 +114,9 @@ def test_the_gradient_is_that_of_the_plain_peft_model(trained, families, model_t
     losses = [-plain_log_probs(plain, folder / "model", batch, row) for row in range(len(batch))]
     torch.cat(losses).mean().backward()
     expected = {n.removeprefix("base_model.model."): p.grad for n, p in plain.named_parameters() if is_adapter(n)}
-    assert len(expected) == 2 * 7 * 3 and all(gradient.abs().max() > 0 for gradient in expected.values())
+    assert len(expected) == 2 * language_layers(model_type)[1] and all(
+        gradient.abs().max() > 0 for gradient in expected.values()
+    )
     for rank in ranks:
         assert_same(rank[model_type]["gradient"], expected, tolerance=1e-5)
 
@@ -142,7 +151,8 @@ def test_what_is_sent_and_saved_is_what_peft_merges(trained, families, model_typ
             torch.testing.assert_close(sent[name].double(), weight, atol=1e-6, rtol=0)
             assert torch.equal(again[name], sent[name])
     moved = {name for name, weight in merged.items() if (weight != plain.state_dict()[name]).any()}
-    assert {name.split(".")[-2] for name in moved} == LANGUAGE and not any("visual" in name for name in moved)
+    assert {name.split(".")[-2] for name in moved} == language_layers(model_type)[0]
+    assert not any("vis" in name for name in moved)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -239,15 +249,17 @@ def test_adapters_in_the_vision_tower_where_they_are_asked_for(families):
 def test_all_linear_layers_are_those_of_the_language_model(families, model_type):
     inner = load_model(str(families[model_type] / "model"), torch.float32)
     found = find_targets(inner, LORA)
-    assert len(found) == 7 * 3 and {name.rpartition(".")[2] for name in found} == LANGUAGE
-    assert not any("visual" in name or "lm_head" in name for name in found)
+    names, count = language_layers(model_type)
+    assert len(found) == count and {name.rpartition(".")[2] for name in found} == names
+    assert not any("vis" in name or "projector" in name or "lm_head" in name for name in found)
     assert adapter_parameters(outline(inner.config), LORA) == 4 * sum(
         sum(inner.get_submodule(name).weight.shape) for name in found
     )
     # Names that both towers have mean the language model's, and an expression can say which of them.
     by_name = find_targets(inner, LoRAConfig(rank=1, target_modules=["gate_proj", "self_attn.v_proj"]))
-    assert {name.rpartition(".")[2] for name in by_name} == {"gate_proj", "v_proj"} and len(by_name) == 6
-    assert find_targets(inner, LoRAConfig(rank=1, target_modules="o_proj")) == [n for n in found if "o_proj" in n]
+    assert {name.rpartition(".")[2] for name in by_name} == {"gate_proj", "v_proj"}
+    assert len(by_name) == (4 if model_type == "qwen3_5" else 6)
+    assert find_targets(inner, LoRAConfig(rank=1, target_modules="o_proj")) == [n for n in found if ".o_proj" in n]
     second = find_targets(inner, LoRAConfig(rank=1, target_modules=r".*\.layers\.1\..*_proj"))
     assert len(second) == 7 and all(".layers.1." in name for name in second)
 

@@ -59,6 +59,7 @@ def cache_path(rows: PromptRows, vision: VisionProcessor) -> str:
         [VERSION, transformers.__version__, config.prompt_key, config.image_key, template],
         [source.identity for source in rows.sources],
         [vision.processor.chat_template, vision.tokenizer.backend_tokenizer.to_str(), images],
+        getattr(vision.processor, "image_seq_length", None),
         list(_image_files(rows)),
     ]
     digest = hashlib.sha256(json.dumps(depends_on, default=str).encode()).hexdigest()

@@ -27,7 +27,8 @@ class VisionProcessor:
         self.family = family_of(self.config)
         self.tokenizer = tokenizer_of(self.processor)
         if self.family.has_vision:
-            self.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+            for name, value in self.family.image_limits(self.image_processor, min_pixels, max_pixels).items():
+                setattr(self.image_processor, name, value)
         self.special = self.family.special_tokens(self.config, self.tokenizer, load_generation_config(model_path))
 
     @property
@@ -42,8 +43,7 @@ class VisionProcessor:
     @cached_property
     def media_tokens(self) -> tuple[str, ...]:
         """Tokens that stand for images and videos; a problem that holds one would be taken for a picture."""
-        ids = {getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video")}
-        return tuple(token for token, i in self.tokenizer.get_added_vocab().items() if i in ids)
+        return tuple(filter(None, (getattr(self.processor, f"{kind}_token", None) for kind in ("image", "video"))))
 
     def chat_text(self, text: str, marker: str = "<image>") -> str:
         """The whole prompt as text: one message of the user, or those of a Dialogue, whose `marker`s stand for images,
@@ -74,7 +74,7 @@ class VisionProcessor:
         pictures = {"images": images} if images else {}
         encoded = self.processor(text=[chat_text], **pictures, return_tensors="pt")
         ids = encoded["input_ids"][0]
-        tensors = Images.of(self.family.split_images(encoded)) if images else Images()
+        tensors = self._images(encoded) if images else Images()
         positions = self.family.positions(ids, tensors, self.config)
         return {"prompt_ids": ids, "prompt_positions": positions, "mm_inputs": tensors}
 
@@ -88,7 +88,11 @@ class VisionProcessor:
             digests: By default those of the tensors.
         """
         encoded = self.image_processor(images=images, do_resize=do_resize, return_tensors="pt")
-        return Images.of(self.family.split_images(encoded), digests)
+        return self._images(encoded, digests)
+
+    def _images(self, encoded: dict[str, Any], digests: Sequence[str] | None = None) -> Images:
+        items = self.family.split_images(encoded, self.processor)
+        return Images.of(items, digests, self.family.patches_per_row(self.config))
 
     def resize(self, image: Image.Image) -> Image.Image:
         """The RGB `image` in the size, and with the resampling, in which the model will see it."""
@@ -99,7 +103,7 @@ class VisionProcessor:
 
         Raises ValueError for sides of a ratio that the model does not take.
         """
-        return self.family.image_tokens(self.image_processor, width, height)
+        return self.family.image_tokens(self.processor, width, height)
 
     def count_tokens(self, chat_texts: list[str]) -> list[int]:
         """How many tokens each text has, an image counting as one."""

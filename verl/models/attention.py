@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from verl.models.cache import ResponseCache
+from verl.models.families import family_of
 from verl.models.packing import Segments, take
 
 LANGUAGE = "segments"
@@ -19,10 +20,11 @@ VISION = "flash_segments"  # transformers hands the segments of a tower only to 
 
 def use_segments(inner: nn.Module) -> None:
     """Let the Hugging Face model `inner` attend by segments; a vision tower only where it would by SDPA."""
+    family = family_of(inner.config)
     inner.config.get_text_config()._attn_implementation = LANGUAGE
-    vision = getattr(inner.config, "vision_config", None)
-    if vision is not None and vision._attn_implementation == "sdpa":
-        vision._attn_implementation = VISION
+    family.prepare(inner)
+    if family.packs_images and inner.config.vision_config._attn_implementation == "sdpa":
+        inner.config.vision_config._attn_implementation = VISION
 
 
 def segment_attention(

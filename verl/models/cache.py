@@ -1,4 +1,4 @@
-"""Keys and values while responses are generated: those of each prompt once, and those of its n responses."""
+"""The cache of generation: keys and values of prompts, once, and of responses, and states of linear attention."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ class ResponseCache:
         self.n, self.steps, self.filled = n, steps, 0
         self.prompts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer, each [G, K, P, D]
         self.own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer, each [G, K, n, steps, D]
+        self.ends = ends
+        self.states: dict[int, tuple[torch.Tensor, ...]] = {}  # by layer of linear attention, each [G n, ...]
 
     def add_prompts(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep keys and values [K, T, D] of the packed prompts."""
@@ -33,6 +35,11 @@ class ResponseCache:
         self.prompts[layer] = kept
         groups, heads, _, width = kept[0].shape
         self.own[layer] = tuple(key.new_empty(groups, heads, self.n, self.steps, width) for _ in range(2))
+
+    def add_states(self, layer: int, ends: torch.Tensor, states: tuple[torch.Tensor, ...]) -> None:
+        """Give each response the states, [prefixes, ...] each, behind its prompt, whose last token is at `ends`."""
+        order = (self.ends[:, None] == ends).int().argmax(dim=1).repeat_interleave(self.n)
+        self.states[layer] = tuple(state[order] for state in states)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
@@ -63,6 +70,8 @@ class ResponseCache:
 
     def select(self, groups: torch.Tensor, rows: torch.Tensor) -> None:
         """Go on with these prompts [G'], and of each with these of its responses [G', n']."""
+        chosen = (groups[:, None] * self.n + rows).flatten()
+        self.states = {layer: tuple(state[chosen] for state in states) for layer, states in self.states.items()}
         self.n, self.absent = rows.shape[1], self.absent[groups]
         for layer in self.prompts:
             self.prompts[layer] = tuple(tensor[groups] for tensor in self.prompts[layer])

@@ -23,10 +23,10 @@ def find_targets(inner: nn.Module, lora: LoRAConfig) -> list[str]:
 
     Raises ValueError for a target that matches no layer, or only layers of a vision tower that was not asked for.
     """
-    tower = family_of(inner.config).tower_name
+    vision = tuple(f"{name}." for name in family_of(inner.config).vision_names)
 
     def in_tower(name: str) -> bool:
-        return bool(tower) and name.startswith(f"{tower}.")
+        return name.startswith(vision)
 
     linear = [name for name, module in inner.named_modules() if isinstance(module, nn.Linear) and name != HEAD]
     if lora.vision_tower and not any(map(in_tower, linear)):
@@ -38,10 +38,10 @@ def find_targets(inner: nn.Module, lora: LoRAConfig) -> list[str]:
     for target in targets:
         if any(_names(target, name) for name in allowed):
             continue
-        vision = next((name for name in linear if _names(target, name)), None)
-        if vision:
+        found = next((name for name in linear if _names(target, name)), None)
+        if found:
             raise ValueError(
-                f"{KEY}.target_modules: '{target}' is in the vision tower alone ({vision}); to train adapters there "
+                f"{KEY}.target_modules: '{target}' is in the vision tower alone ({found}); to train adapters there "
                 f"too, set {KEY}.vision_tower=true"
             )
         there = ", ".join(sorted({name.rpartition(".")[2] for name in allowed}))

@@ -90,7 +90,7 @@ def check_vision(config: Config, requirements: Requirements, vision: VisionProce
     """Raise ValueError for what a text-only model has no use for; warn of squares that are not the tower's patches."""
     if vision.family.has_vision:
         for view in requirements.views:
-            options, patch = config.algorithm.views[view], vision.image_processor.patch_size
+            options, patch = config.algorithm.views[view], vision.family.patch_size(vision.config)
             if options.stage == ViewStage.resized and getattr(options, "patch_size", patch) % patch:
                 logger.warning(
                     "algorithm.views.%s has stage=resized and patch_size=%d, and %s has patches of %d pixels: squares "

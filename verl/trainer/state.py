@@ -159,7 +159,7 @@ def rows_from_plain(plain: dict[str, Any]) -> DataProto:
             elif "images" in value:
                 made[id(value)] = Images(tuple(value["images"]), tuple(value["digests"]))
             else:
-                made[id(value)] = Images.of(QwenVL("").split_images(value), value.get("image_ids"))
+                made[id(value)] = Images.of(QwenVL("").split_images(value, None), value.get("image_ids"))
         return made[id(value)]
 
     def outcome(value: dict[str, Any]) -> Outcome:

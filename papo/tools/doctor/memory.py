@@ -103,6 +103,7 @@ def estimate(case: Case, config: Config, shapes: dict[str, Shape]) -> Estimate:
     load = EngineLoad(
         weights=width * shape.parameters,
         kv_token=shape.kv_bytes(width),
+        state=4 * shape.state,  # in float32
         token_work=width * (3 * shape.text.intermediate + 2 * shape.text.hidden),
         prompt=config.data.max_prompt_length,
         response=config.data.max_response_length,

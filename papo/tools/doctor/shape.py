@@ -23,7 +23,8 @@ class Tower:
 @dataclass(frozen=True)
 class Shape:
     """`parameters` counts a tied head once, as memory does, and `adapter` those of LoRA's matrices, which come on top.
-    `pixels` are the values of one patch, `merge` patches make a token along each axis."""
+    `kv_layers` of the language model's layers keep keys and values; the others, linear attention, keep together `state`
+    values of each response. `pixels` are the values of one patch, `merge` patches make a token along each axis."""
 
     parameters: int
     vision_parameters: int
@@ -33,6 +34,8 @@ class Shape:
     tied: bool
     kv_heads: int
     head_dim: int
+    kv_layers: int
+    state: int
     patch: int
     merge: int
     pixels: int
@@ -54,7 +57,7 @@ class Shape:
 
     def kv_bytes(self, width: int) -> int:
         """Bytes of the KV cache per token, `width` bytes a value."""
-        return 2 * self.text.layers * self.kv_heads * self.head_dim * width
+        return 2 * self.kv_layers * self.kv_heads * self.head_dim * width
 
 
 def shape_of(config: Any, lora: LoRAConfig | None = None) -> Shape:
@@ -66,24 +69,28 @@ def shape_of(config: Any, lora: LoRAConfig | None = None) -> Shape:
     from verl.models.loading import outline
     from verl.models.lora import adapter_parameters
 
-    sees, model = family_of(config).has_vision, outline(config)
-    text = config.get_text_config()
+    family, model = family_of(config), outline(config)
+    text, sees, tower = config.get_text_config(), family.has_vision, family.tower(model)
     blocks = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    in_tower = {id(module) for module in model.model.visual.modules()} if sees else set()
+    in_tower = {id(module) for module in tower.modules()} if sees else set()
     largest = {of: max((_count(b) for b in blocks if (id(b) in in_tower) == of), default=0) for of in (False, True)}
     heads = text.num_attention_heads
+    linear = (getattr(text, "layer_types", None) or []).count("linear_attention")
+    memory = linear and text.linear_num_value_heads * text.linear_key_head_dim * text.linear_value_head_dim
     return Shape(
         parameters=_count(model),
-        vision_parameters=_count(model.model.visual) if sees else 0,
+        vision_parameters=_count(tower) if sees else 0,
         text=Tower(text.num_hidden_layers, text.hidden_size, text.intermediate_size, heads, largest[False]),
         vision=_vision_tower(config.vision_config, largest[True]) if sees else Tower(0, 0, 0, 1, 0),
         vocabulary=text.vocab_size,
         tied=bool(config.tie_word_embeddings),
         kv_heads=text.num_key_value_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        patch=config.vision_config.patch_size if sees else 1,
-        merge=config.vision_config.spatial_merge_size if sees else 1,
-        pixels=_patch_values(config.vision_config) if sees else 0,
+        kv_layers=text.num_hidden_layers - linear,
+        state=linear * memory,
+        patch=family.patch_size(config) if sees else 1,
+        merge=family.merge(config) if sees else 1,
+        pixels=_patch_values(config.vision_config, family.patch_size(config)) if sees else 0,
         adapter=adapter_parameters(model, lora) if lora is not None and lora.rank else 0,
     )
 
@@ -92,11 +99,13 @@ def _vision_tower(vision: Any, block: int) -> Tower:
     # Qwen2-VL calls the tower's width embed_dim; its hidden_size is what the tower hands on.
     hidden = getattr(vision, "embed_dim", None) or vision.hidden_size
     intermediate = getattr(vision, "intermediate_size", None) or int(hidden * vision.mlp_ratio)
-    return Tower(vision.depth, hidden, intermediate, vision.num_heads, block)
+    layers = getattr(vision, "depth", None) or vision.num_hidden_layers
+    heads = getattr(vision, "num_heads", None) or vision.num_attention_heads
+    return Tower(layers, hidden, intermediate, heads, block)
 
 
-def _patch_values(vision: Any) -> int:
-    return vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+def _patch_values(vision: Any, patch: int) -> int:
+    return 3 * getattr(vision, "temporal_patch_size", 1) * patch**2
 
 
 def _count(module: Any) -> int:

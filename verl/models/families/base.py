@@ -33,23 +33,29 @@ class Images:
         items: For each image its tensors, by the name under which the model takes them. Tensors of several images are
             joined along their first dimension.
         digests: For each image a name of its content: images with the same digest are the same.
+        counts: For each image the number of its patches.
     """
 
     items: tuple[dict[str, torch.Tensor], ...] = ()
     digests: tuple[str, ...] = ()
+    counts: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.items)
 
     @classmethod
-    def of(cls, items: Sequence[dict[str, torch.Tensor]], digests: Sequence[str] | None = None) -> Images:
-        """Images with these tensors; digests are by default those of the tensors."""
-        return cls(tuple(items), tuple(_digest(item) for item in items) if digests is None else tuple(digests))
+    def of(
+        cls, items: Sequence[dict[str, torch.Tensor]], digests: Sequence[str] | None = None, each: int = 1
+    ) -> Images:
+        """Images with these tensors; digests are by default those of the tensors. A row of an image's longest tensor
+        holds `each` patches."""
+        names = map(_digest, items) if digests is None else digests
+        return cls(tuple(items), tuple(names), tuple(each * max(map(len, item.values())) for item in items))
 
     @property
     def patches(self) -> int:
-        """Number of patches: rows of each image's longest tensor."""
-        return sum(max(map(len, item.values())) for item in self.items)
+        """The number of patches of all images."""
+        return sum(self.counts)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of all images; {} without images."""
@@ -89,12 +95,16 @@ class Family:
     Attributes:
         name: As people call it.
         has_vision: Whether it has a vision tower.
+        packs_images: Whether its tower takes the patches of all images as one row, in segments.
+        linear_attention: Whether some layers of its language model are linear attention.
         tower_name: The tower's full name in the Hugging Face model.
+        vision_names: That, and what between it and the language model is no part of either.
         auto_class: The class of transformers that loads it.
     """
 
-    has_vision = False
+    has_vision = packs_images = linear_attention = False
     tower_name = ""
+    vision_names: tuple[str, ...] = ()
     auto_class: Any = AutoModelForCausalLM
     modality_tokens = (
         *("<|image_pad|>", "<|video_pad|>", "<|audio_pad|>"),
@@ -123,8 +133,16 @@ class Family:
         ends = dict.fromkeys([eos, *(more if isinstance(more, (list, tuple)) else [more])])
         return SpecialTokens(pad if pad is not None else eos, tuple(ends), tuple(sorted(banned)))
 
-    def split_images(self, encoded: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
-        """The tensors of each image from what the Hugging Face processor makes of several."""
+    def prepare(self, inner: nn.Module) -> None:
+        """Let layers of the Hugging Face model `inner` that attention's interface does not reach read packed rows."""
+
+    def image_limits(self, image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
+        """Settings of the image processor, by name, that keep an image within these numbers of pixels."""
+        raise NotImplementedError
+
+    def split_images(self, encoded: dict[str, Any], processor: Any) -> list[dict[str, torch.Tensor]]:
+        """The tensors of each image from what the Hugging Face `processor`, or its image processor alone, makes of
+        several."""
         raise ValueError(f"a {self.name} model reads text only, and the prompt has images")
 
     def positions(self, ids: torch.Tensor, images: Images, config: Any) -> torch.Tensor:
@@ -168,8 +186,24 @@ class Family:
         """
         return {"position_ids": position_ids[:, 0]}
 
-    def image_tokens(self, image_processor: Any, width: int, height: int) -> int:
-        """The number of prompt tokens of an image of this size in pixels, by arithmetic alone.
+    def patches_per_row(self, config: Any) -> int:
+        """The number of patches in a row of the longest of an image's tensors."""
+        return 1
+
+    def patch_size(self, config: Any) -> int:
+        """Pixels along each side of a patch."""
+        raise NotImplementedError
+
+    def merge(self, config: Any) -> int:
+        """Patches along each side of the square that makes a token."""
+        raise NotImplementedError
+
+    def engine_tensors(self, images: Images, config: Any) -> dict[str, torch.Tensor]:
+        """The tensors under which vLLM takes the images."""
+        return images.tensors()
+
+    def image_tokens(self, processor: Any, width: int, height: int) -> int:
+        """The number of prompt tokens that stand in place of an image of this size in pixels, by arithmetic alone.
 
         Raises ValueError for sides of a ratio that the model does not take.
         """

@@ -23,11 +23,15 @@ class QwenVL(Family):
     """An image's tensors are `pixel_values` [patches, values per patch] and `image_grid_thw` [1, 3], the number of its
     patches in time, height and width; the tower merges squares of patches to one token."""
 
-    has_vision = True
+    has_vision = packs_images = True
     tower_name = "model.visual"
+    vision_names = (tower_name,)
     auto_class = AutoModelForImageTextToText
 
-    def split_images(self, encoded: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+    def image_limits(self, image_processor: Any, min_pixels: int, max_pixels: int) -> dict[str, Any]:
+        return {"size": {"shortest_edge": min_pixels, "longest_edge": max_pixels}}
+
+    def split_images(self, encoded: dict[str, Any], processor: Any) -> list[dict[str, torch.Tensor]]:
         pieces = encoded[PIXELS].split(encoded[GRID].prod(dim=1).tolist())
         return [{PIXELS: p, GRID: g} for p, g in zip(pieces, encoded[GRID].split(1), strict=True)]
 
@@ -97,7 +101,14 @@ class QwenVL(Family):
     def forward_arguments(self, position_ids: torch.Tensor, features: Any) -> dict[str, Any]:
         return {"position_ids": position_ids.transpose(0, 1), "mm_encoder_outputs": features}
 
-    def image_tokens(self, image_processor: Any, width: int, height: int) -> int:
+    def patch_size(self, config: Any) -> int:
+        return config.vision_config.patch_size
+
+    def merge(self, config: Any) -> int:
+        return config.vision_config.spatial_merge_size
+
+    def image_tokens(self, processor: Any, width: int, height: int) -> int:
+        image_processor = processor.image_processor
         try:
             patches = image_processor.get_number_of_image_patches(height, width, {})
         except ValueError as error:

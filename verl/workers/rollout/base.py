@@ -47,6 +47,7 @@ class EngineLoad:
     Attributes:
         weights: Bytes of the model.
         kv_token: Bytes of the KV cache per token.
+        state: Bytes of linear attention's state per response.
         token_work: Bytes that a block needs for a moment per token.
         prompt, response: Tokens of the longest.
         vocabulary: Number of tokens there are.
@@ -55,6 +56,7 @@ class EngineLoad:
 
     weights: int
     kv_token: int
+    state: int
     token_work: int
     prompt: int
     response: int

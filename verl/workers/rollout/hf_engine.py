@@ -34,6 +34,7 @@ class HFEngine:
         return [
             Term("weights", load.weights, "in compute dtype"),
             Term("KV cache", tokens * load.kv_token, f"{tokens} tokens x {load.kv_token} bytes"),
+            *([Term("linear attention", rows * load.state, f"{rows} x {load.state} bytes")] if load.state else []),
             Term("prefill", prompts * load.prompt * load.token_work, f"{prompts} x {load.prompt} tokens, one block"),
             Term("logits", logits, f"{rows} x {load.vocabulary} x 16 bytes"),
         ], None

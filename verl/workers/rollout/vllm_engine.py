@@ -11,9 +11,10 @@ import torch
 
 from verl.config.config import Config
 from verl.config.worker import RolloutConfig
+from verl.data.vision import load_processor
 from verl.models.families import family_of
 from verl.models.families.base import Images, SpecialTokens
-from verl.models.loading import resolve_dtype
+from verl.models.loading import load_config, resolve_dtype
 from verl.protocol import DataProto
 from verl.utils.rng import derive_seed
 from verl.workers.rollout.base import ENGINES, EngineLoad, SamplingParams, Term, pad_responses
@@ -56,11 +57,14 @@ class VLLMEngine:
         if load.capacity is None:
             space = int(float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")) * 2**30)
             return [weights, working, Term("KV cache", space, "VLLM_CPU_KVCACHE_SPACE")], space
-        fixed = Term("CUDA graphs", 0 if rollout.enforce_eager else GRAPHS, "assumed")
-        taken = sum(term.bytes for term in (weights, working, fixed))
+        fixed = [Term("CUDA graphs", 0 if rollout.enforce_eager else GRAPHS, "assumed")]
+        if load.state:
+            how = f"{rollout.max_num_seqs} x {load.state} bytes / {gpus}"
+            fixed.append(Term("linear attention", rollout.max_num_seqs * load.state // gpus, how))
+        taken = sum(term.bytes for term in (weights, working, *fixed))
         left = int(rollout.gpu_memory_utilization * load.capacity) - taken
         how = f"what {rollout.gpu_memory_utilization:g} of the GPU leaves"
-        return [weights, working, fixed, Term("KV cache", max(left, 0), how)], left
+        return [weights, working, *fixed, Term("KV cache", max(left, 0), how)], left
 
     @staticmethod
     def smaller(rollout: RolloutConfig) -> list[dict[str, float]]:
@@ -81,7 +85,8 @@ class VLLMEngine:
         logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
         self.special = special
         self.limit_images = config.worker.rollout.limit_images
-        self.engine = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(config, device)))
+        arguments = engine_arguments(config, device) | model_arguments(config, device)
+        self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         self.sleeps = self.engine.model_config.enable_sleep_mode
         self.sleep_level = config.worker.rollout.sleep_level
         model_config = self.engine.model_config
@@ -155,7 +160,7 @@ class VLLMEngine:
             )
         if not spans:
             return tokens_input(ids.tolist())
-        features = BatchFeature(images.tensors())
+        features = BatchFeature(family_of(config).engine_tensors(images, config))
         return mm_input(
             ids.tolist(),
             MultiModalKwargsItems.from_hf_inputs(features, self.processor._get_mm_fields_config(features, {})),
@@ -185,6 +190,23 @@ class VLLMEngine:
         )
 
 
+def model_arguments(config: Config, device: torch.device) -> dict[str, Any]:
+    """Further arguments of EngineArgs, which depend on the model's family."""
+    model, data = config.worker.actor.model, config.data
+    family, found = family_of(load_config(model.model_path, model.trust_remote_code)), {}
+    if family.has_vision:
+        processor = load_processor(model.model_path, model.trust_remote_code).image_processor
+        found["mm_processor_kwargs"] = family.image_limits(processor, data.min_pixels, data.max_pixels)
+    if family.linear_attention and device.type == "cpu":
+        if resolve_dtype(config.worker.actor.fsdp.compute_dtype, "cpu") != torch.bfloat16:
+            raise ValueError(
+                f"on a CPU vLLM computes {family.name}'s linear attention in bfloat16 alone: set "
+                "worker.actor.fsdp.compute_dtype=bfloat16, or worker.rollout.name=hf"
+            )
+        found["enable_prefix_caching"] = False  # which needs prompts in pieces there
+    return found
+
+
 def engine_arguments(config: Config, device: torch.device) -> dict[str, Any]:
     """The arguments of vLLM's EngineArgs."""
     rollout, data, model = config.worker.rollout, config.data, config.worker.actor.model
@@ -208,7 +230,6 @@ def engine_arguments(config: Config, device: torch.device) -> dict[str, Any]:
         "tensor_parallel_size": rollout.tensor_parallel_size,
         "distributed_executor_backend": "mp" if rollout.tensor_parallel_size > 1 else "uni",
         "limit_mm_per_prompt": {"video": 0} | ({"image": rollout.limit_images} if rollout.limit_images else {}),
-        "mm_processor_kwargs": {"size": {"shortest_edge": data.min_pixels, "longest_edge": data.max_pixels}},
         "mm_processor_cache_gb": 0,  # it would hold processed pictures, and they come processed
         "mm_device_do_normalize": False,  # and normalised: twice would be wrong, without an error
         "logprobs_mode": "processed_logprobs",

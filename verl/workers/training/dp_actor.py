@@ -182,7 +182,7 @@ class DataParallelActor:
         denominators: Denominators,
         metrics: MetricBag,
     ) -> list[torch.Tensor]:
-        """d loss / d log-probs [B, R] of each live column, a leaf, summed over terms; term by term to see who does what.
+        """d loss / d log-probs [B, R] of each live column, summed over terms; term by term to see who does what.
 
         Terms are functions of the log-probs alone, so this costs a few operations per token. It shows how hard
         each term pulls on a token (`actor/grad_per_token/<term>`: mean |d loss / d log-prob|, times the tokens of the
