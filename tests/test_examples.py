@@ -10,7 +10,12 @@ import pytest
 import yaml
 from ray.runtime_env import RuntimeEnv
 
+from papo.tools.doctor.case import GPU, Case
+from papo.tools.doctor.fit import CLOSE
+from papo.tools.doctor.memory import estimate
+from papo.tools.doctor.shape import shape_of
 from tests.conftest import REPOSITORY
+from tests.fakes.models import internvl3_5, qwen3_5
 from verl.config.compose import compose_config
 from verl.config.config import Config
 from verl.config.sizes import compute_sizes
@@ -36,6 +41,12 @@ SETTINGS = {
     "papo_grpo/qwen3_vl_2b_thinking_grpo_papo.sh": (4, 0.3, 0.01, 0.01, 0.0, 0.0),
     "papo_grpo/qwen3_vl_4b_thinking_grpo.sh": (4, 0.3, 0.01, None, 0.0, None),
     "papo_grpo/qwen3_vl_4b_thinking_grpo_papo.sh": (4, 0.3, 0.01, 0.01, 0.0, 0.0),
+    "papo_grpo/qwen3_5_2b_grpo_papo.sh": (1, 0.3, 0.01, 0.02, 0.0, 0.0),
+    "papo_grpo/qwen3_5_4b_grpo_papo.sh": (2, 0.3, 0.01, 0.02, 0.0, 0.0),
+    "papo_grpo/qwen3_5_9b_grpo_papo.sh": (8, 0.3, 0.01, 0.02, 0.0, 0.0),
+    "papo_grpo/internvl3_5_2b_grpo_papo.sh": (1, 0.3, 0.01, 0.02, 0.0, 0.0),
+    "papo_grpo/internvl3_5_4b_grpo_papo.sh": (2, 0.3, 0.01, 0.02, 0.0, 0.0),
+    "papo_grpo/internvl3_5_8b_grpo_papo.sh": (8, 0.3, 0.01, 0.02, 0.0, 0.0),
     "papo_dapo/qwen2_5_vl_3b_dapo.sh": (2, 0.28, None, None, 0.0, None),
     "papo_dapo/qwen2_5_vl_7b_dapo.sh": (4, 0.28, None, None, 0.0, None),
     "papo_dapo/qwen2_5_vl_3b_dapo_papo.sh": (2, 0.28, None, 0.01, 0.03, 0.03),
@@ -46,6 +57,8 @@ MODELS = {
     "qwen2_5_vl_7b": "Qwen/Qwen2.5-VL-7B-Instruct",
     "qwen3_vl_2b_thinking": "Qwen/Qwen3-VL-2B-Thinking",
     "qwen3_vl_4b_thinking": "Qwen/Qwen3-VL-4B-Thinking",
+    **{f"qwen3_5_{size.lower()}": f"Qwen/Qwen3.5-{size}" for size in ("2B", "4B", "9B")},
+    **{f"internvl3_5_{size.lower()}": f"OpenGVLab/InternVL3_5-{size}-HF" for size in ("2B", "4B", "8B")},
 }
 
 
@@ -70,7 +83,7 @@ def launch(tmp_path):
 
 
 def test_the_table_names_every_script():
-    assert sorted(SETTINGS) == SCRIPTS
+    assert set(SETTINGS) == set(SCRIPTS)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -107,7 +120,7 @@ def test_every_script_is_the_papers_setting(script, launch):
     model = next(model for model in MODELS if name.startswith(model))
     assert config.worker.actor.model.model_path == MODELS[model] and config.trainer.experiment_name == name
     assert needs.reference == (coefs[0] is not None) and needs.inert == (("masked_entropy",) if coefs[3] else ())
-    thinking = "thinking" in name
+    thinking = "thinking" in name or name.startswith("qwen3_5")
     assert data.max_response_length == (8192 if thinking else 2048)
     assert config.worker.reward.reward_function.split("/")[-1].startswith("qwen3_vl_think" if thinking else "math")
     load_functions(config.worker.reward)  # the function is there
@@ -126,6 +139,19 @@ def test_every_script_is_the_papers_setting(script, launch):
         view = config.algorithm.views["masked"]
         assert (view.kind, view.prob, view.stage, view.per) == ("random_patch", 0.6, "raw", "prompt")
         assert view.patch_size == (16 if thinking else 14) and not view.grad
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if "3_5_" in script])
+def test_scripts_of_new_families_fit_their_gpus_by_the_doctors_arithmetic(script, launch):
+    config = launch(script)
+    family, _, size = os.path.basename(script).split("_grpo")[0].rpartition("_")
+    shape = shape_of({"qwen3_5": qwen3_5, "internvl3_5": internvl3_5}[family](size))
+    assert 0.9 < shape.parameters / 1e9 / int(size[0]) < 1.2  # the model that the script names
+    case = Case([GPU("80 GiB", 80 * 2**30, 80 * 2**30)] * config.trainer.n_gpus_per_node, imagined=True, config=config)
+    found = estimate(case, config, {"actor": shape, "reference": shape, "critic": shape})
+    assert max(phase.bytes for phase in found.phases) < CLOSE * found.capacity
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    assert found.cache // found.token > 8 * longest
 
 
 def test_overrides_and_environment_reach_the_run(launch):

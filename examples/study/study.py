@@ -1,7 +1,9 @@
 """Does a perception loss make a model look? GRPO, PAPO and others on digits with a shortcut, over seeds.
 
     python examples/study/study.py              # the whole study; finished runs are kept, so it can be interrupted
+    python examples/study/study.py --followers  # the methods that followed PAPO, three seeds
     python examples/study/study.py --choose     # the runs on other seeds by which the coefficients were chosen
+    python examples/study/study.py --choose-followers  # and those of the methods that followed
     python examples/study/study.py --demo       # one seed of GRPO and PAPO: minutes
 
 Makes data and models under outputs/, trains two runs at a time, each on half of the cores, and writes results.json,
@@ -79,6 +81,36 @@ CHOOSE = tuple(
     for gamma, eta in ((0.08, 0.0), (0.08, 0.03), (0.11, 0.03), (0.15, 0.0), (0.15, 0.03))
 )
 CHOOSE_SEEDS = (101, 102, 103)
+
+SHAPERS, VIEWS = "algorithm.shapers", "algorithm.views"
+
+
+def dvrp(coef: float) -> tuple[str, ...]:
+    """The coefficient of both of DVRP's divergences, with PAPO's of the entropies."""
+    return (f"{TERMS}.perception_kl.coef={coef}", f"{TERMS}.agreement.coef={coef}")
+
+
+def noise(std: float) -> tuple[str, ...]:
+    return (f"{VIEWS}.noised.std={std}",)
+
+
+def banded(coef: float, cap: float) -> tuple[str, ...]:
+    return (f"algorithm.view_reward.coef={coef}", f"algorithm.view_reward.cap={cap}")
+
+
+# Of each method that followed PAPO two settings, to choose from.
+FOLLOWER_CHOICES = (
+    *(Variant(f"DVRP {coef}", "dvrp", dvrp(coef)) for coef in (0.04, 0.11)),
+    *(Variant(f"NoisyRollout σ={std}", "noisy_rollout", noise(std)) for std in (0.4, 0.8)),
+    *(Variant(f"PAPO + NoisyRollout σ={std}", "papo_noisy_rollout", papo(CHOSEN, *noise(std))) for std in (0.4, 0.8)),
+    *(Variant(f"banded {coef}", "papo_banded", banded(coef, cap)) for coef, cap in ((0.1, 0.2), (0.5, 0.5))),
+    *(Variant(f"PGPO boost={boost}", "pgpo", (f"{SHAPERS}.pgpo.boost={boost}",)) for boost in (2.0, 5.0)),
+    *(Variant(f"ToR {share}", "tor", (f"{SHAPERS}.tor.top_fraction={share}",)) for share in (0.3, 0.6)),
+    *(Variant(f"VEPO {share}", "vepo", (f"{SHAPERS}.vepo.top_fraction={share}",)) for share in (0.2, 0.5)),
+)
+FOLLOWER_CHOICE_SEEDS = CHOOSE_SEEDS[:1]
+FOLLOWERS = (GRPO, Variant("DAPO", "dapo"), *FOLLOWER_CHOICES[::2])
+FOLLOWER_SEEDS = SEEDS[:3]
 
 # Columns of the tables: metric and heading.
 SLICES = {
@@ -160,6 +192,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument("--choose", action="store_true", help="the seeds by which coefficients were chosen")
+    kinds.add_argument("--followers", action="store_true", help="the methods that followed PAPO, in `misled`")
+    kinds.add_argument("--choose-followers", action="store_true", help="the seed by which theirs were chosen")
     kinds.add_argument("--demo", action="store_true", help="one seed of GRPO and PAPO in the setting `misled`")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: %(default)s)")
     options = parser.parse_args()
@@ -167,6 +201,11 @@ def main() -> None:
     try:
         if options.choose:
             write(OUT / "choose", {"misled": run("misled", CHOOSE, CHOOSE_SEEDS, options.jobs)})
+        elif options.choose_followers:
+            found = run("misled", FOLLOWER_CHOICES, FOLLOWER_CHOICE_SEEDS, options.jobs)
+            write(OUT / "choose_followers", {"misled": found})
+        elif options.followers:
+            write(HERE / "followers", {"misled": run("misled", FOLLOWERS, FOLLOWER_SEEDS, options.jobs)})
         elif options.demo:
             write(OUT / "demo", {"misled": run("misled", (GRPO, PAPO), SEEDS[:1], options.jobs)})
         else:

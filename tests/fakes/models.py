@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
+from transformers import AutoModelForImageTextToText, InternVLConfig, Qwen2_5_VLConfig, Qwen3_5Config
 
 # config.json of Qwen2.5-VL-3B-Instruct and -7B-Instruct, the numbers that its size follows from.
 TEXT_3B = {
@@ -43,6 +43,29 @@ def qwen_3b() -> Qwen2_5_VLConfig:
 
 def qwen_7b() -> Qwen2_5_VLConfig:
     return qwen(TEXT_7B, tied=False)
+
+
+# By size: width, layers, heads, heads of keys, and width of the MLP; of the language models.
+QWEN3_5 = {"2b": (2048, 24, 8, 2, 6144), "4b": (2560, 32, 16, 4, 9216), "9b": (4096, 32, 16, 4, 12288)}
+INTERNVL3_5 = {"2b": (2048, 28, 16, 8, 6144), "4b": (2560, 36, 32, 8, 9728), "8b": (4096, 36, 32, 8, 12288)}
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+
+
+def qwen3_5(size: str) -> Qwen3_5Config:
+    """The config of a Qwen3.5: every fourth layer is full attention."""
+    text, tied = dict(zip(SIZES, QWEN3_5[size], strict=True)), {"tie_word_embeddings": size != "9b"}
+    text |= {"linear_num_value_heads": 16 if size == "2b" else 32}
+    vision = {"out_hidden_size": text["hidden_size"]}
+    if size == "2b":
+        vision |= {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096}
+    return Qwen3_5Config(text_config={**text, **tied}, vision_config=vision, **tied)
+
+
+def internvl3_5(size: str) -> InternVLConfig:
+    """The config of an InternVL3.5: a tower of 300 million parameters before a Qwen3."""
+    tied = {"tie_word_embeddings": size != "8b"}
+    text = dict(zip(SIZES, INTERNVL3_5[size], strict=True)) | {"head_dim": 128, "vocab_size": 151936, **tied}
+    return InternVLConfig(text_config={**text, "model_type": "qwen3"}, **tied)
 
 
 def write_hollow_model(folder: Path, config: Any, processor: Path, shards: int = 2, width: int = 2) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GPT2Config, Qwen3_5MoeConfig
 
 from papo.corruption.patches import RandomPatchConfig
 from tests.fakes.actors import build_actor, gradient, log_probs, on_ranks, process_group, update, weights
@@ -259,6 +259,8 @@ def test_masks_of_a_resized_picture_lie_on_the_towers_patches(families, model_ty
 
 
 def test_untested_families_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"holds a 'qwen3_5_moe' model; supported: .*qwen3_5 \(Qwen3.5\)"):
+        family_of(Qwen3_5MoeConfig())
     with pytest.raises(
         ValueError, match=r"holds a 'gpt2' model; supported: .*qwen3_vl \(Qwen3-VL\).*qwen2 \(Qwen2.5\)"
     ):
