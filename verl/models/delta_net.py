@@ -83,7 +83,9 @@ def _scan(
     parts = convolved[:, :, before:].transpose(1, 2).split([layer.key_dim, layer.key_dim, layer.value_dim], dim=-1)
     query, key = (part.unflatten(-1, (-1, layer.head_k_dim)) for part in parts[:2])
     repeats = layer.num_v_heads // layer.num_k_heads
-    rule = qwen.torch_recurrent_gated_delta_rule if length == 1 else qwen.torch_chunk_gated_delta_rule
+    # The recurrent rule is for generation: its kernel has no backward.
+    one = length == 1 and not torch.is_grad_enabled()
+    rule = qwen.torch_recurrent_gated_delta_rule if one else qwen.torch_chunk_gated_delta_rule
     found, memory = rule(
         query.repeat_interleave(repeats, dim=2),
         key.repeat_interleave(repeats, dim=2),

@@ -162,7 +162,7 @@ class IPCCarrier:
     def send(self, data: torch.Tensor) -> tuple[str, tuple]:
         self.held.append(data)
         if self.device.type == "cpu":
-            return _device_name(self.device), data.untyped_storage()._share_filename_cpu_()
+            return _device_name(self.device), _share(data)
         from torch.multiprocessing.reductions import reduce_tensor
 
         torch.cuda.current_stream(self.device).synchronize()  # the other process does not know this stream
@@ -189,6 +189,17 @@ class IPCCarrier:
         self.held.clear()
         if self.device.type == "cuda":
             torch.cuda.ipc_collect()
+
+
+def _share(data: torch.Tensor) -> tuple:
+    """The handle of a CPU tensor whose memory other processes can open."""
+    storage = data.untyped_storage()
+    try:
+        return storage._share_filename_cpu_()
+    except RuntimeError as error:
+        if "timed out" not in str(error):
+            raise
+        return storage._share_filename_cpu_()  # torch's helper process has a second to start: a busy machine takes more
 
 
 def _open_shared(handle: tuple) -> torch.UntypedStorage:
