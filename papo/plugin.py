@@ -5,5 +5,5 @@ from __future__ import annotations
 
 def register() -> None:
     """Make PAPO's corruption strategies, loss terms, advantage shapers and old keys known to verl."""
-    from papo import legacy, shaping, terms, vppo  # noqa: F401
+    from papo import legacy, shaping, terms  # noqa: F401
     from papo.corruption import attention, fill, patches  # noqa: F401

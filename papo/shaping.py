@@ -1,6 +1,7 @@
 """One shaper for the methods that weigh tokens by what they owe to the image: a score, a selection and a weight.
 
-PGPO (arXiv 2604.01840), ToR (arXiv 2603.25077) and VEPO (arXiv 2606.03937) are settings of it (configs/).
+VPPO (arXiv 2510.09285), PGPO (arXiv 2604.01840), ToR (arXiv 2603.25077) and VEPO (arXiv 2606.03937) are settings of it
+(configs/).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from verl.algorithms.shapers import Columns, advantage_shaper
 from verl.columns import view_column
 from verl.config.algorithm import ShaperConfig
 from verl.config.option import option
+
+SAME = 1e-6  # mean scores of responses that differ by less are alike
 
 
 class Score(StrEnum):
@@ -57,6 +60,9 @@ class TokensConfig(ShaperConfig):
     second_score: Score | None = option(None, "another score, whose largest tokens count too")
     second_fraction: float = option(0.3, "share of a response's tokens that it chooses", above=0, most=1)
     second_weight: float = option(0.5, "weight of what it alone has chosen", least=0)
+    min_scale: float | None = option(
+        None, "factor on the response with the least mean score; null: all responses count alike", least=0, most=1
+    )
     threshold: float = option(
         0.4, "ramp: the score, from 0 to 1 in a response, from which a weight is above 1", above=0, below=1
     )
@@ -133,7 +139,8 @@ def tokens(columns: Columns, config: TokensConfig) -> tuple[torch.Tensor, dict[s
     that the second score alone has chosen, 0 for the others, which stay in the loss's denominator. `ramp` (PGPO): with
     I the score from 0 to 1 in its response, I / threshold up to the threshold, then 1 + boost (I - threshold) /
     (1 - threshold), and all divided by their mean over the response, so that a response's weights have the mean 1.
-    Rows that the view does not cover keep their advantages.
+    With `min_scale` (VPPO) responses are scaled as well, see `response_scale`. Rows that the view does not cover keep
+    their advantages.
     """
     mask, seen = columns["response_mask"].bool(), columns[view_column(config.view, "rows")]
     values = score_of(config.score, columns, config.view)
@@ -149,8 +156,29 @@ def tokens(columns: Columns, config: TokensConfig) -> tuple[torch.Tensor, dict[s
         "weighted_fraction": (((weights > 0) & mask)[seen].sum() / mask[seen].sum().clamp(min=1)).item(),
         "weight_max": weights[mask].max().item() if mask.any() else 0.0,
     }
+    if config.min_scale is not None:
+        scale = response_scale(values, mask, seen, config.min_scale)
+        weights, metrics["scale_max"] = weights * scale[:, None], scale.max().item()
     advantages = columns["advantages"]
     return torch.where(seen[:, None], advantages * weights.to(advantages.dtype), advantages), metrics
+
+
+def response_scale(values: torch.Tensor, mask: torch.Tensor, seen: torch.Tensor, least: float) -> torch.Tensor:
+    """Factors [B] float32 on responses, `least` + x (most - least): x is a response's mean score, from 0 for the least
+    to 1 for the largest of the step, and most makes the mean of all factors 1 (VPPO, section 3.2).
+
+    The released code takes that mean over a micro-batch; here it is that of the step, so that the split does not
+    matter. 1 for rows that the view does not cover, and where all scores are alike.
+    """
+    lengths, scale = mask.sum(-1), torch.ones(len(values), dtype=torch.float64)
+    compared = seen & (lengths > 0)
+    if compared.any():
+        means = (values.double().sum(-1) / lengths.clamp(min=1))[compared]
+        spread = means.max() - means.min()
+        if spread > SAME:
+            x = (means - means.min()) / spread
+            scale[compared] = least + x * (1 - least) / x.mean()
+    return scale.float()
 
 
 def ramp(values: torch.Tensor, mask: torch.Tensor, threshold: float, boost: float) -> torch.Tensor:

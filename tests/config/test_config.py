@@ -197,12 +197,12 @@ def test_unknown_presets_and_missing_values_are_named():
         (["algorithm.reward_kl.estimator=full"], "algorithm.reward_kl.estimator=full: .* k1, k2 or k3"),
         (["algorithm.reward_kl.horizon=0"], "algorithm.reward_kl.horizon=0: a value above 0"),
         (
-            ["+shaper@algorithm.shapers.vppo=vppo", "algorithm.shapers.vppo.top_fraction=0"],
+            ["+shaper@algorithm.shapers.vppo=tokens", "algorithm.shapers.vppo.top_fraction=0"],
             "algorithm.shapers.vppo.top_fraction=0.0: a value above 0 and at most 1",
         ),
         (
-            ["+shaper@algorithm.shapers.vppo=vppo", "algorithm.shapers.vppo.view=blurred"],
-            "algorithm.shapers.vppo reads the column 'blurred_log_probs', and nothing makes it",
+            ["+shaper@algorithm.shapers.vppo=tokens", "algorithm.shapers.vppo.view=blurred"],
+            "algorithm.shapers.vppo reads the column 'blurred_rows', and nothing makes it",
         ),
         (["algorithm.terms.perception_kl.coef=-0.01"], "algorithm.terms.perception_kl.coef=-0.01"),
         (["algorithm.terms.perception_kl.view=blurred"], "reads the column 'blurred_log_probs'"),

@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
-from papo.vppo import VPPOConfig, vppo
+from papo.shaping import TokensConfig, tokens
+from papo.terms import largest_tokens
+from verl.algorithms.losses.estimators import k3
 
 
 def columns(rows: int = 6, width: int = 5) -> dict[str, torch.Tensor]:
@@ -24,6 +26,11 @@ def columns(rows: int = 6, width: int = 5) -> dict[str, torch.Tensor]:
         "response_mask": mask,
         "advantages": advantages,
     }
+
+
+def vppo(given: dict[str, torch.Tensor], top_fraction: float = 0.4, min_scale: float = 0.9):
+    """The setting of the preset."""
+    return tokens(given, TokensConfig(score="kl", top_fraction=top_fraction, min_scale=min_scale))
 
 
 def by_hand(found: dict[str, torch.Tensor], fraction: float, least: float) -> list[list[float]]:
@@ -51,7 +58,7 @@ def by_hand(found: dict[str, torch.Tensor], fraction: float, least: float) -> li
 @pytest.mark.parametrize(("fraction", "least"), [(0.4, 0.9), (1.0, 0.5), (0.01, 1.0)])
 def test_the_definition_row_by_row(fraction, least):
     given = columns()
-    shaped, metrics = vppo(given, VPPOConfig(top_fraction=fraction, min_scale=least))
+    shaped, metrics = vppo(given, fraction, least)
     torch.testing.assert_close(shaped.double(), torch.tensor(by_hand(given, fraction, least)).double())
     assert shaped.dtype == torch.float32
     assert metrics["scale_max"] >= 1
@@ -59,7 +66,7 @@ def test_the_definition_row_by_row(fraction, least):
 
 def test_the_factors_have_mean_one_and_rows_without_an_image_are_left_alone():
     given = columns() | {"advantages": columns()["response_mask"].float()}
-    shaped, _ = vppo(given, VPPOConfig(top_fraction=1.0, min_scale=0.9))
+    shaped, _ = vppo(given, 1.0)
     assert shaped[:4, 0].mean().item() == pytest.approx(1.0)
     assert torch.equal(shaped[5], given["advantages"][5])
 
@@ -67,19 +74,40 @@ def test_the_factors_have_mean_one_and_rows_without_an_image_are_left_alone():
 def test_responses_that_depend_alike_are_not_scaled():
     given = columns()
     given["masked_log_probs"] = given["old_log_probs"] - 0.5 * given["response_mask"]
-    shaped, metrics = vppo(given, VPPOConfig(top_fraction=1.0))
+    shaped, metrics = vppo(given, 1.0)
     torch.testing.assert_close(shaped, given["advantages"])
     assert metrics["scale_max"] == 1.0
 
 
 def test_order_of_rows_does_not_matter():
     given, order = columns(), torch.tensor([3, 5, 0, 4, 2, 1])
-    shaped, _ = vppo(given, VPPOConfig())
-    moved, _ = vppo({name: column[order] for name, column in given.items()}, VPPOConfig())
+    shaped, _ = vppo(given)
+    moved, _ = vppo({name: column[order] for name, column in given.items()})
     torch.testing.assert_close(shaped[order], moved)
 
 
 def test_a_step_without_any_image_stays_as_it_is():
     given = columns() | {"masked_rows": torch.zeros(6, dtype=torch.bool)}
-    shaped, metrics = vppo(given, VPPOConfig())
-    assert torch.equal(shaped, given["advantages"]) and metrics["dependency"] == 0.0
+    shaped, metrics = vppo(given)
+    assert torch.equal(shaped, given["advantages"]) and metrics["score"] == 0.0
+
+
+def plain_vppo(given: dict[str, torch.Tensor], top_fraction: float, min_scale: float) -> torch.Tensor:
+    """VPPO alone, in the order of operations in which it was first written here."""
+    mask, seen, advantages = given["response_mask"].bool(), given["masked_rows"], given["advantages"]
+    values = torch.where(mask, k3(given["old_log_probs"], given["masked_log_probs"]), 0.0)
+    scale = torch.ones(len(values), dtype=torch.float64)
+    dependency = values.double().sum(-1) / mask.sum(-1).clamp(min=1)
+    compared = seen & mask.any(-1)
+    least, largest = dependency[compared].min(), dependency[compared].max()
+    x = (dependency[compared] - least) / (largest - least)
+    scale[compared] = min_scale + x * (1 - min_scale) / x.mean()
+    chosen = largest_tokens(values, mask, top_fraction)
+    shaped = torch.where(chosen, advantages * scale.float()[:, None], 0.0)
+    return torch.where(seen[:, None], shaped, advantages)
+
+
+@pytest.mark.parametrize(("fraction", "least"), [(0.4, 0.9), (1.0, 0.5), (0.7, 0.0)])
+def test_a_setting_of_the_shaper_is_vppo_to_the_last_bit(fraction, least):
+    given = columns()
+    assert torch.equal(vppo(given, fraction, least)[0], plain_vppo(given, fraction, least))

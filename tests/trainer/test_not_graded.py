@@ -25,7 +25,7 @@ OPTIONS = {
     **{name: [f"algorithm.adv_estimator={name}"] for name in ADVANTAGES},
     "overlong": ["algorithm.overlong_buffer=3"],
     "kl": ["algorithm.reward_kl.coef=0.3", "algorithm.adv_estimator=reinforce_plus_plus", "algorithm.gamma=0.9"],
-    "vppo": ["+shaper@algorithm.shapers.vppo=vppo"],
+    "vppo": ["+shaper@algorithm.shapers.vppo=tokens", "algorithm.shapers.vppo.min_scale=0.9"],
 }
 
 
