@@ -226,7 +226,6 @@ def test_a_failed_upload_leaves_the_export(trained, tmp_path):
 
 
 @pytest.mark.vllm
-@pytest.mark.vllm
 def test_vllm_says_the_same(trained, assets, tmp_path, ray_cluster):
     from tests.fakes.cluster import read_prompts, start_cluster
 

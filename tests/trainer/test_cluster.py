@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import yaml
 from ray.cluster_utils import Cluster
 
 from tests.conftest import REPOSITORY
-from tests.fakes.runs import free_port, start
+from tests.fakes.runs import free_port, records, start
 from verl.config.compose import compose_config
 from verl.single_controller.preflight import ClusterError, place_ranks
 from verl.single_controller.resources import plan_layout
@@ -36,15 +35,6 @@ def cluster() -> Iterator[Cluster]:
     cluster.wait_for_nodes()
     yield cluster
     cluster.shutdown()
-
-
-def test_a_run_over_two_nodes(cluster, assets, tmp_path):
-    done = start(assets, tmp_path / "run", *SMALL, *NO_VALIDATION, env={"RAY_ADDRESS": cluster.address}, cold=True)
-    assert done.returncode == 0, done.stderr
-    assert "the run needs 2 node(s) with 2 CPU(s) in all" in done.stderr
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records] == [1, 2]
-    assert records[1]["rollout/log_prob_diff_max"] < 1e-3  # the second node's engine, if it is there, has the weights
 
 
 def test_what_a_cluster_lacks_is_said_in_one_line(cluster, assets, tmp_path):
@@ -76,7 +66,7 @@ def test_a_cluster_that_is_large_enough_and_taken_is_told_from_one_that_is_too_s
         ray.shutdown()
 
 
-def test_ray_job_submit(cluster, assets, tmp_path):
+def test_a_run_over_two_nodes_by_ray_job_submit(cluster, assets, tmp_path):
     """The command of examples/README.md, with the example's runtime environment."""
     environment = yaml.safe_load((REPOSITORY / "examples" / "runtime_env.yaml").read_text())
     file = tmp_path / "runtime_env.yaml"  # the same without its working folder: this one is not packed and sent
@@ -99,5 +89,7 @@ def test_ray_job_submit(cluster, assets, tmp_path):
         submit + quoted, capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "NO_COLOR": "1"}
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2] and Path(tmp_path / "run" / "model" / "config.json").is_file()
+    assert "the run needs 2 node(s) with 2 CPU(s) in all" in done.stdout + done.stderr
+    steps = records(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in steps] == [1, 2] and (tmp_path / "run" / "model" / "config.json").is_file()
+    assert steps[1]["rollout/log_prob_diff_max"] < 1e-3  # the second node's engine, if it is there, has the weights

@@ -190,25 +190,6 @@ def test_lora_trains_beside_a_reference_that_is_the_actor_without_its_adapter(as
         assert torch.equal(weight, untouched[name]) != language, name
 
 
-@pytest.mark.vllm
-def test_the_same_loop_with_two_vllm_engines(assets, tmp_path):
-    done = start(
-        assets,
-        tmp_path / "out",
-        "worker.rollout.name=vllm",
-        "worker.rollout.data_parallel_size=2",
-        "trainer.val_freq=1",
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "2 rollout engine(s)" in done.stderr and "rollout engine vllm" in done.stderr
-    before, first, second = records(tmp_path / "out" / "metrics.jsonl")
-    assert "val/accuracy" in before and "val/accuracy" in second
-    for step, record in enumerate((first, second)):
-        assert record["rollout/log_prob_diff_max"] < 1e-4 and record["rollout/mismatch_kl"] < 1e-8
-        assert record["rollout/weight_version"] == step
-    assert (tmp_path / "out" / "model" / "config.json").exists()
-
-
 def test_papo_d_filters_groups_and_shapes_long_responses(assets, tmp_path):
     """An untrained model is never right, so a coin decides here which response is; the masked view is live, so that no
     pass is needed for it."""

@@ -279,13 +279,19 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(assets, tmp_path):
 
 
 @pytest.mark.vllm
-@pytest.mark.vllm
-def test_a_resume_with_vllm_draws_the_same_responses(assets, tmp_path):
+def test_with_two_vllm_engines_a_resumed_run_draws_the_same_responses(assets, tmp_path):
     overrides = ["worker.rollout.name=vllm", "trainer.max_steps=3", "trainer.save_freq=2", "trainer.save_limit=0"]
     overrides += ["trainer.samples_per_step=12", "trainer.n_gpus_per_node=1", "worker.actor.optim.lr=0.01"]
+    overrides += ["worker.rollout.data_parallel_size=2"]
     one, two = tmp_path / "one", tmp_path / "two"
     done = start(assets, one, *overrides)
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "2 rollout engine(s)" in done.stderr and "rollout engine vllm" in done.stderr
+    before, *steps = records(one / "metrics.jsonl")
+    assert "val/accuracy" in before and "val/accuracy" in steps[-1] and (one / "model" / "config.json").exists()
+    for step, record in enumerate(steps):
+        assert record["rollout/log_prob_diff_max"] < 1e-4 and record["rollout/mismatch_kl"] < 1e-8
+        assert record["rollout/weight_version"] == step
     shutil.copytree(one, two)
     shutil.rmtree(two / "checkpoints/global_step_3")
     done = start(assets, two, *overrides)

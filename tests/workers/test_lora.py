@@ -281,7 +281,7 @@ def test_targets_that_are_not_there_are_refused_by_name(families, model_type, op
         find_targets(inner, LoRAConfig(rank=1, **options))
 
 
-@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=[pytest.mark.vllm, NEEDS_VLLM])])
+@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=NEEDS_VLLM)])
 def test_engines_agree_with_the_trainer_after_a_merged_sync(families, ray_cluster, engine):
     folder = families["qwen3_vl"]  # a tied head, and pictures that enter deeper layers
     overrides = [f"worker.rollout.name={engine}", "worker.actor.model.lora.rank=4", "worker.actor.model.lora.alpha=32"]
