@@ -345,7 +345,7 @@ CHECKS: dict[str, Callable[[Lab], dict[str, float]]] = {
 
 
 def why_not(name: str, lab: Lab) -> str:
-    """Why a check does not run here; empty if it does."""
+    """The reason why a check does not run here; empty if it does."""
     if name == "two_ranks" and lab.full and torch.cuda.device_count() < 2:
         return "needs a second GPU"
     if name == "quickstart" and not lab.full:

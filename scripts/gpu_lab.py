@@ -1,4 +1,4 @@
-"""What scripts/gpu_check.py works with: a device, models of random weights, actors and rows made by hand."""
+"""Material of scripts/gpu_check.py: a device, models of random weights, actors and rows made by hand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MERGE = 2  # patches a side that make a token
 
 @dataclass(frozen=True)
 class Lab:
-    """What the checks run on; `full` for real shapes, else small ones."""
+    """Device and models of the checks; `full` for real shapes, else small ones."""
 
     device: torch.device
 

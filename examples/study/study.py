@@ -95,8 +95,9 @@ def noise(std: float) -> tuple[str, ...]:
     return (f"{VIEWS}.noised.std={std}",)
 
 
-def banded(coef: float, cap: float) -> tuple[str, ...]:
-    return (f"algorithm.view_reward.coef={coef}", f"algorithm.view_reward.cap={cap}")
+def banded(eta: float) -> tuple[str, ...]:
+    """The coefficient of both entropies in their band."""
+    return (f"{TERMS}.entropy.coef={eta}", f"{TERMS}.masked_entropy.coef={eta}")
 
 
 # Of each method that followed PAPO two settings, to choose from.
@@ -104,7 +105,7 @@ FOLLOWER_CHOICES = (
     *(Variant(f"DVRP {coef}", "dvrp", dvrp(coef)) for coef in (0.04, 0.11)),
     *(Variant(f"NoisyRollout σ={std}", "noisy_rollout", noise(std)) for std in (0.4, 0.8)),
     *(Variant(f"PAPO + NoisyRollout σ={std}", "papo_noisy_rollout", papo(CHOSEN, *noise(std))) for std in (0.4, 0.8)),
-    *(Variant(f"banded {coef}", "papo_banded", banded(coef, cap)) for coef, cap in ((0.1, 0.2), (0.5, 0.5))),
+    *(Variant(f"banded η={eta}", "papo_banded", banded(eta)) for eta in (0.03, 0.003)),
     *(Variant(f"PGPO boost={boost}", "pgpo", (f"{SHAPERS}.pgpo.boost={boost}", HALF)) for boost in (2.0, 5.0)),
     *(Variant(f"ToR {share}", "tor", (f"{SHAPERS}.tor.top_fraction={share}", HALF)) for share in (0.3, 0.6)),
     *(Variant(f"VEPO {share}", "vepo", (f"{SHAPERS}.vepo.top_fraction={share}", HALF)) for share in (0.2, 0.5)),
@@ -145,8 +146,8 @@ def table(rows: list[dict[str, Any]], differences: bool) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Who copies and who looks: of the questions with a wrong hint, the share answered right and the share copied; a
-    small dot for each seed."""
+    """A figure of who copies and who looks: of the questions with a wrong hint, the share answered right and the share
+    copied; a small dot for each seed."""
     height = 0.5 * len(rows) + 1.7
     figure, axis = plt.subplots(figsize=(8.5, height))
     for place, row in enumerate(rows):

@@ -76,7 +76,7 @@ class Evaluation:
             ray.shutdown()
 
     def _todo(self) -> dict[str, list[int]]:
-        """By set the items whose questions have not all of their answers."""
+        """Items whose questions lack answers, by set."""
         done = self.records.keep_whole(self.copies * (1 + len(self.views)))
         todo = {}
         for name, plan in self.plans.items():
@@ -154,8 +154,8 @@ class Evaluation:
         return sorted(lines, key=lambda line: (line["doc_id"], line["view"] != ORIGINAL, line["view"], line["sample"]))
 
     def _perception_kl(self, prompts: DataProto, answer: Answers) -> dict[str, list[float]]:
-        """By view and answer the sum over its tokens of the estimate of KL(policy || policy that sees the view), nats;
-        {} without views."""
+        """Sums over the tokens of each answer, by view, of the estimate of KL(policy || policy that sees the view),
+        nats; {} without views."""
         if self.reference is None:
             return {}
         columns = answer.batch.select(["responses", "response_mask", "rollout_log_probs"])

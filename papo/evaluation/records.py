@@ -96,7 +96,7 @@ class Records:
         return found
 
     def scores(self, name: str, view: str = ORIGINAL) -> dict[str, list[float]]:
-        """By question the accuracies of its answers under a view; answers that could not be graded are left out."""
+        """Accuracies of the answers under a view, by question; answers that could not be graded are left out."""
         found: dict[str, list[float]] = {}
         for line in self.lines:
             if line["set"] == name and line["view"] == view:

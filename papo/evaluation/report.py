@@ -1,4 +1,4 @@
-"""What an evaluation says: a summary per model, tables for people, and files that VLMEvalKit reads."""
+"""The results of an evaluation: a summary per model, tables for people, and files that VLMEvalKit reads."""
 
 from __future__ import annotations
 

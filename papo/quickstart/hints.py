@@ -24,7 +24,8 @@ FRIEND = re.compile(r"A friend reads ([0-9+]+)\.")
 
 @dataclass(frozen=True)
 class HintSettings:
-    """How often the friend reads a digit right, in the warm start's rows and in those of reinforcement learning."""
+    """The share of digits that the friend reads right, in the warm start's rows and in those of reinforcement
+    learning."""
 
     sft_right: float
     train_right: float
@@ -76,7 +77,7 @@ def _draw(row: dict[str, Any], right: float, without: float, rng: np.random.Gene
 
 
 def _reading(digits: list[int], right: float, rng: np.random.Generator) -> list[int]:
-    """What the friend reads: each digit right with probability `right`, else any other one."""
+    """The friend's reading: each digit right with probability `right`, else any other one."""
     wrong = rng.random(len(digits)) >= right
     return ((np.array(digits) + wrong * rng.integers(1, 10, len(digits))) % 10).tolist()
 

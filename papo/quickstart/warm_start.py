@@ -37,7 +37,7 @@ LOSS_WINDOW = 10  # steps
 
 @dataclass(frozen=True)
 class WarmStartSettings:
-    """When to stop: how fast a run learns to read depends on the machine's rounding, the loss at which it reads
+    """The rule to stop by: how fast a run learns to read depends on the machine's rounding, the loss at which it reads
     half of the sums does not. So the loss decides, and `final_steps` more let the learning rate fall."""
 
     target_loss: float = 0.32  # nats per response token, mean over the last steps

@@ -122,7 +122,7 @@ class Comparison:
             raise RuntimeError("\n".join(failed))
 
     def _record(self, variant: Variant, seed: int) -> tuple[Path, dict[str, Any]]:
-        """Where a finished run says what made it, and what that is now."""
+        """The file in which a finished run says what made it, and what that is now."""
         made_by = {"preset": variant.preset, "overrides": self.overrides(variant, seed)}
         made_by |= {"code": code_digest(), "inputs": self.inputs[variant.name]}
         return self.folder(variant, seed).with_suffix(".made_by.json"), made_by

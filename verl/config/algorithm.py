@@ -13,7 +13,7 @@ from verl.config.option import option
 
 
 class LossAverage(StrEnum):
-    """How per-token values become one number: over all valid tokens, over sequences of token means, or over
+    """The mean that makes per-token values one number: over all valid tokens, over sequences of token means, or over
     sequences of token sums divided by data.max_response_length."""
 
     token = "token"
@@ -30,7 +30,7 @@ class Truncation(StrEnum):
 
 
 class Shape(StrEnum):
-    """How a coefficient goes from 1 to `end` times its value."""
+    """The path of a coefficient from 1 to `end` times its value."""
 
     constant = "constant"
     linear = "linear"
@@ -78,7 +78,7 @@ class LossTermConfig:
 
 
 class ViewStage(StrEnum):
-    """When a view changes a picture: as it is in the data, or resized as the model will see it."""
+    """The stage at which a view changes a picture: as it is in the data, or resized as the model will see it."""
 
     raw = "raw"
     resized = "resized"
@@ -161,7 +161,7 @@ class OldLogProbs(StrEnum):
 
 
 class Estimator(StrEnum):
-    """How KL(pi || other) is found: from the sampled token (k1, k2, k3), or over the whole vocabulary (full); see
+    """The estimate of KL(pi || other): from the sampled token (k1, k2, k3), or over the whole vocabulary (full); see
     verl/algorithms/losses/estimators.py."""
 
     k1 = "k1"

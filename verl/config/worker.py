@@ -95,7 +95,7 @@ class OptimConfig:
 
 
 class Offload(StrEnum):
-    """When a model's weights and states are in main memory."""
+    """The times at which a model's weights and states are in main memory."""
 
     none = "none"
     between_phases = "between_phases"

@@ -69,7 +69,8 @@ def row_faults(rows: PromptRows, vision: VisionProcessor | None = None) -> Itera
 
 
 def _no_prompt(problem: Any) -> str:
-    """Why a row's problem is no prompt; empty where it is a text, or messages of which the last is the user's."""
+    """The reason why a row's problem is no prompt; empty where it is a text, or messages of which the last is the
+    user's."""
     if isinstance(problem, str):
         return "" if problem.strip() else "is empty"
     if not isinstance(problem, list) or not problem:
@@ -117,7 +118,7 @@ def _text_faults(
 
 
 def count_images(table: pa.Table, column: str) -> list[int]:
-    """How many images each row has in `column`; none where there is no such column."""
+    """The number of images of each row in `column`; none where there is no such column."""
     if column not in table.column_names:
         return [0] * len(table)
     images = table.column(column)

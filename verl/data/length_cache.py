@@ -48,7 +48,8 @@ def save_lengths(path: str, lengths: np.ndarray) -> None:
 
 
 def cache_path(rows: PromptRows, vision: VisionProcessor) -> str:
-    """Beside the data that `datasets` keeps (HF_DATASETS_CACHE chooses where), named by all that lengths depend on."""
+    """A path beside the data that `datasets` keeps (HF_DATASETS_CACHE chooses where), named by all that lengths depend
+    on."""
     config = rows.config
     template = ""
     if config.format_prompt:

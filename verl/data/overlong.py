@@ -1,4 +1,5 @@
-"""Which prompts are too long: counted by arithmetic on image headers; no image is decoded and no processor called."""
+"""The prompts that are too long, counted by arithmetic on image headers; no image is decoded and no processor
+called."""
 
 from __future__ import annotations
 
@@ -80,7 +81,7 @@ def prompt_lengths(rows: PromptRows, vision: VisionProcessor) -> np.ndarray:
 def count_prompts(
     rows: PromptRows, vision: VisionProcessor, start: int, batch: list[dict[str, Any]]
 ) -> list[int | Fault]:
-    """Of each row, its prompt's tokens, or what is wrong with its images. In the chat text each image is one token; its
+    """The tokens of each row's prompt, or what is wrong with its images. In the chat text each image is one token; its
     other tokens are arithmetic."""
     found: list[int | Fault] = []
     counts = vision.count_tokens([vision.chat_text(rows.prompt_text(row)) for row in batch])
@@ -132,7 +133,7 @@ def without_characters(problem: str, count: int) -> str:
 
 
 def uncuttable(rows: PromptRows, vision: VisionProcessor, row: dict[str, Any]) -> str:
-    """Why cutting its text does not make the row's prompt fit; empty where it does."""
+    """The reason why cutting its text does not make the row's prompt fit; empty where it does."""
     sizes = [image_size(image, rows.config.image_dir) for image in rows.images_of(row)]
     try:
         cut_left(rows, vision, row, sum(vision.num_image_tokens(*size) for size in sizes))

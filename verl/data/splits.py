@@ -1,4 +1,4 @@
-"""Which files of a dataset folder belong to which split: the same that its name on the hub gives."""
+"""The files of each split of a dataset folder: the same that its name on the hub gives."""
 
 from __future__ import annotations
 

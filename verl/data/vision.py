@@ -106,7 +106,7 @@ class VisionProcessor:
         return self.family.image_tokens(self.processor, width, height)
 
     def count_tokens(self, chat_texts: list[str]) -> list[int]:
-        """How many tokens each text has, an image counting as one."""
+        """The number of tokens of each text, an image counting as one."""
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()

@@ -110,7 +110,7 @@ def translate_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def _translate_override(word: str, given: Mapping[str, str]) -> list[str]:
-    """What one override is here; of several that are one key here, the last is."""
+    """The override that one is here; of several that are one key here, the last is."""
     key, _, text = word.partition("=")
     if _is_hydras(word) or is_ours(key):
         return [word]

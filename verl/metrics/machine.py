@@ -25,7 +25,8 @@ class Timings:
 
 
 class Overlap:
-    """How much of a step its two sides work at one time, where the next responses are generated during the updates."""
+    """The share of a step in which its two sides work at one time, where the next responses are generated during the
+    updates."""
 
     def __init__(self, timings: Timings) -> None:
         self.timings = timings

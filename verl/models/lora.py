@@ -54,7 +54,7 @@ def _names(target: str, layer: str) -> bool:
 
 
 def adapter_parameters(inner: nn.Module, lora: LoRAConfig) -> int:
-    """How many parameters the adapters of this model have. Raises as `find_targets`."""
+    """The number of parameters of this model's adapters. Raises as `find_targets`."""
     layers = map(inner.get_submodule, find_targets(inner, lora))
     return sum(lora.rank * (layer.in_features + layer.out_features) for layer in layers)
 

@@ -1,4 +1,5 @@
-"""Before any worker starts: does the cluster have what the run needs? If not, say what is missing and why."""
+"""The check, before any worker starts, that the cluster has what the run needs; if not, it says what is missing and
+why."""
 
 from __future__ import annotations
 

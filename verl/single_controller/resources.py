@@ -179,7 +179,7 @@ def cluster_gpus(nnodes: int, timeout_s: float) -> int:
 
 
 def plan_replicas(ranks: int, rollout: RolloutConfig) -> int:
-    """How many engines the GPUs hold, or as many as are asked for; raises ValueError where those do not fit."""
+    """The number of engines that the GPUs hold, or that is asked for; raises ValueError where those do not fit."""
     gpus, width = rollout.dedicated_gpus or ranks, rollout.tensor_parallel_size
     if gpus % width:
         raise ValueError(f"worker.rollout.tensor_parallel_size={width} does not divide the {gpus} GPUs of the engines")

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Tally:
-    """What became of all responses that were graded for a step or a validation."""
+    """Counts of all responses that were graded for a step or a validation, and of those that could not be."""
 
     graded: int = 0
     reasons: Counter[str] = field(default_factory=Counter)

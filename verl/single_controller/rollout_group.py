@@ -69,7 +69,7 @@ class RolloutGroup:
         return max([0.0, *asked.call(RolloutWorker.engine_seconds)])
 
     def process_ids(self) -> list[int]:
-        """Of each replica, on its node."""
+        """The process id of each replica, on its node."""
         return ray.get([replica.ready.remote() for replica in self.replicas])
 
     def generate(self, prompts: DataProto, sampling: list[SamplingParams], ahead: bool = False) -> Rollout:

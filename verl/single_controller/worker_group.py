@@ -68,7 +68,7 @@ class WorkerGroup:
         return ray.get([getattr(worker, method.__name__).remote(*args) for worker in self.workers])
 
     def peak_memory(self) -> list[tuple[int, int | None]]:
-        """By rank; see verl/workers/memory.py."""
+        """The peaks of each rank; see verl/workers/memory.py."""
         return self.on_all(ModelWorker.peak_memory)
 
     def take_rows(self, shards: list[ray.ObjectRef], shares: list[Share]) -> None:
@@ -161,7 +161,8 @@ class ActorGroup(LogProbGroup):
         return MetricBag.merged(self.scatter(ActorWorker.update_policy, columns, coefs, meanwhile=meanwhile))
 
     def shown(self) -> dict[int, dict[str, torch.Tensor]]:
-        """By number, the columns of the step's first rows that the update computed (see DataParallelActor.shown)."""
+        """The columns of the step's first rows, by their number, that the update computed (see
+        DataParallelActor.shown)."""
         return {number: row for part in self.on_all(ActorWorker.shown) for number, row in part.items()}
 
     def send_through(self, carrier: str) -> tuple[str, int] | None:

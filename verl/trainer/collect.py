@@ -145,7 +145,7 @@ class Collector:
         return found
 
     def _missing(self, rows: DataProto | None) -> int:
-        """How many rows a step lacks beside these."""
+        """The number of rows that a step lacks beside these."""
         return self.plan.sizes.responses_per_step - len(rows or ())
 
     def _begin(self) -> Pending:
@@ -250,8 +250,8 @@ class Collector:
 
 
 def side_by_side_rows(prompts: int, responses: int, under: int) -> torch.Tensor:
-    """Where the rows of each prompt's `responses`, side by side, are among those drawn as asked, the first of all
-    prompts and then the `under` ones under a view of all prompts."""
+    """The places at which the rows of each prompt's `responses`, side by side, are among those drawn as asked, the
+    first of all prompts and then the `under` ones under a view of all prompts."""
     first = torch.arange(prompts * (responses - under)).view(prompts, -1)
     second = prompts * (responses - under) + torch.arange(prompts * under).view(prompts, -1)
     return torch.cat([first, second], dim=1).flatten()

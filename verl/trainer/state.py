@@ -28,7 +28,7 @@ PROGRESS = ("step", "stopped", "validations", "best", "best_step", "seconds")
 
 @dataclass
 class TrainState:
-    """How far a run is, and what goes on from step to step.
+    """The state of a run: how far it is, and what goes on from step to step.
 
     Attributes:
         waiting: Rows that were generated and not trained on yet (`algorithm.online_filtering`).

@@ -99,7 +99,7 @@ class Workers:
 
 
 def size_in_bytes(batch: DataProto) -> int:
-    """Of all tensors, each different image once."""
+    """Bytes of all tensors, each different image once."""
     images = {row.digests: row for column in batch.objects.values() for row in column if isinstance(row, Images)}
     tensors = [tensor for row in images.values() for item in row.items for tensor in item.values()]
     return sum(tensor.nbytes for tensor in (*batch.tensors.values(), *tensors))

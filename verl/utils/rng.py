@@ -21,7 +21,7 @@ def derive_seed(*parts: object) -> int:
 
 
 def rng_state() -> dict[str, Any]:
-    """Of torch (and its current GPU, where it has been used), numpy and Python."""
+    """The state of torch (and its current GPU, where it has been used), numpy and Python."""
     state = {"torch": torch.get_rng_state(), "python": random.getstate()}
     numpy_state = np.random.get_state(legacy=False)
     state["numpy"] = {**numpy_state, "state": {**numpy_state["state"], "key": numpy_state["state"]["key"].tolist()}}

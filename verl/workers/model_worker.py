@@ -65,7 +65,7 @@ class ModelWorker:
         torch.manual_seed(config.trainer.seed)
 
     def open_store(self) -> tuple[str, int]:
-        """On rank 0: open the store where ranks meet, on a port that the system chooses; returns (host, port)."""
+        """Open, on rank 0, the store where ranks meet, on a port that the system chooses; returns (host, port)."""
         host = self.host()
         self.store = dist.TCPStore(host, 0, self.world_size, is_master=True, wait_for_workers=False)
         return host, self.store.port
@@ -89,7 +89,7 @@ class ModelWorker:
         self.writer = StateWriter()  # now, so that ranks which cannot reach each other fail at the start
 
     def fetch(self, path: str) -> None:
-        """On rank 0: fetch a model from the hub; the others wait for it here. In a collective they would wait for ten
+        """Fetch, on rank 0, a model from the hub; the others wait for it here. In a collective they would wait for ten
         minutes and then end the run."""
         if os.path.isdir(path):
             return
@@ -124,7 +124,7 @@ class ModelWorker:
         return self.training().model.parameters()
 
     def states(self) -> list[torch.Tensor]:
-        """What the optimizer keeps for each parameter, counters apart."""
+        """The tensors that the optimizer keeps for each parameter, counters apart."""
         kept = self.training().optimizer.state.values()
         return [value for state in kept for value in state.values() if value.dim()]
 
@@ -350,7 +350,7 @@ class ActorWorker(PolicyWorker):
         self.carrier.connect(host, port, 0, size)
 
     def plan_weights(self) -> list[BucketLayout]:
-        """How the weights will be cut; the same on every rank. A tied head is sent under its own name too: an
+        """The cuts of the weights, the same on every rank. A tied head is sent under its own name too: an
         engine may hold a copy of it. Adapters are sent merged: engines would ignore those of a vision tower."""
         dtype = resolve_dtype(self.config.worker.actor.fsdp.compute_dtype, self.device.type)
         self.park(weights=False)  # an engine on this GPU is about to wake up

@@ -18,7 +18,8 @@ LONGEST = 200  # characters
 
 
 def doubt(answer: str) -> str:
-    """Why a rule that compares the content of \\boxed{} may never find `answer` right; empty where nothing says so."""
+    """The reason why a rule that compares the content of \\boxed{} may never find `answer` right; empty where nothing
+    says so."""
     depth = 0
     for character in answer.replace("\\{", "").replace("\\}", ""):
         depth += {"{": 1, "}": -1}.get(character, 0)

@@ -1,4 +1,4 @@
-"""Whether a run fits into memory, and which key to change where it does not."""
+"""The check that a run fits into memory, and the key to change where it does not."""
 
 from __future__ import annotations
 

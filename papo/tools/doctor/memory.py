@@ -81,7 +81,7 @@ class Estimate:
 
 
 def shapes_of(case: Case) -> dict[str, Shape]:
-    """Of each role's model."""
+    """The shape of each role's model."""
     worker = case.config.worker
     shape, path = shape_of(case.hf_config, worker.actor.model.lora), worker.ref.model_path
     other = shape_of(load_hf_config(path, case.config)) if path and case.requirements.reference else shape
@@ -241,7 +241,8 @@ def moment_bytes(shape: Shape, width: int) -> int:
 
 
 def saved_bytes(case: Case) -> tuple[int, int]:
-    """Of the model that a run leaves (merged in float32 with LoRA, else as weights are kept) and of a checkpoint."""
+    """Bytes of the model that a run leaves (merged in float32 with LoRA, else as weights are kept) and of a
+    checkpoint."""
     config, shapes = case.config, shapes_of(case)
     shape, kept = shapes["actor"], weight_bytes(config.worker.actor.optim)
     model = FLOAT * shape.parameters + kept * shape.adapter if shape.adapter else kept * shape.parameters
@@ -254,12 +255,12 @@ def saved_bytes(case: Case) -> tuple[int, int]:
 
 
 def compute_bytes(fsdp: FSDPConfig, device: str) -> int:
-    """Of a value in the compute dtype."""
+    """Bytes of a value in the compute dtype."""
     return FLOAT if fsdp.compute_dtype == "float32" or (fsdp.compute_dtype == "auto" and device == "cpu") else 2
 
 
 def weight_bytes(optim: OptimConfig) -> int:
-    """Of a trained weight and each of its optimizer states."""
+    """Bytes of a trained weight, and of each of its optimizer states."""
     return 2 if optim.strategy == OptimStrategy.adamw_bf16 else FLOAT
 
 

@@ -119,7 +119,7 @@ def check_imports(case: Case) -> Iterator[Finding]:
 
 
 def check_engines(case: Case) -> Iterator[Finding]:
-    """Which rollout engines can be used here."""
+    """The rollout engines that can be used here."""
     build = next((name for name in VLLM_BUILDS if installed_version(name)), None)
     gpus = bool(case.gpus) and not case.imagined
     if build is None:

@@ -1,4 +1,4 @@
-"""Which checkpoint a path means, and what it holds besides its weights."""
+"""The checkpoint that a path means, and what it holds besides its weights."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Images:
 
 
 def join_tensors(items: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """By name the tensors of all `items`, joined along their first dimension."""
+    """The tensors of all `items`, by name, joined along their first dimension."""
     return {name: torch.cat([item[name] for item in items]) for name in (items[0] if items else ())}
 
 

@@ -30,7 +30,8 @@ class RewardScore(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a response has no score: `reason` is timeout, memory, died, raised or not_finite, `detail` is for people.
+    """The reason why a response has no score: `reason` is timeout, memory, died, raised or not_finite, `detail` is for
+    people.
 
     `shared` failures are those of a call for several responses: any of them may be the guilty one.
     """
@@ -80,6 +81,6 @@ def component_means(scores: Sequence[RewardScore]) -> dict[str, float]:
 
 
 def cut(text: str, longest: int = 2000) -> str:
-    """Of a long text its two ends."""
+    """The two ends of a long text."""
     half = longest // 2
     return text if len(text) <= longest else f"{text[:half]} [...] {text[-half:]}"

@@ -25,7 +25,7 @@ class ContractError(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """Of one response: the checked score, or why there is none."""
+    """The checked score of one response, or the reason why there is none."""
 
     score: RewardScore | Failure
     seconds: float

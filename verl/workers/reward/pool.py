@@ -95,7 +95,7 @@ class GraderProcess:
         os.close(self.lifeline)
 
     def death(self) -> str:
-        """How it ended, in words, once its pipe is closed. It is not waited for: `kill` has to come first."""
+        """Its end, in words, once its pipe is closed. It is not waited for: `kill` has to come first."""
         deadline = time.monotonic() + END_S
         while True:
             ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)

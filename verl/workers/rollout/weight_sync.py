@@ -41,7 +41,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class BucketLayout:
-    """Which weights lie where in one array of bytes."""
+    """The places of weights in one array of bytes."""
 
     entries: tuple[Entry, ...]
     num_bytes: int

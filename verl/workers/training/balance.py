@@ -100,7 +100,7 @@ def load(units: Sequence[Unit]) -> int:
 
 
 def share_out(work: Work, rows: Sequence[int], ranks: int) -> list[list[Unit]]:
-    """By rank the units of a mini-batch. The largest group of the busiest rank is cut in two as long as that helps."""
+    """The units of a mini-batch, by rank. The largest group of the busiest rank is cut in two as long as that helps."""
     units = work.units(rows)
     shares = spread(units, ranks)
     while True:
@@ -117,8 +117,8 @@ def share_out(work: Work, rows: Sequence[int], ranks: int) -> list[list[Unit]]:
 
 
 def share_rows(batch: DataProto, mini_batches: int, ranks: int, views: Sequence[str]) -> list[Share]:
-    """By rank its part of a step. Consecutive rows make a mini-batch, whatever the number of ranks; it must have a row
-    for each of them."""
+    """The parts of a step, by rank. Consecutive rows make a mini-batch, whatever the number of ranks; it must have a
+    row for each of them."""
     work, size = Work(batch, views), len(batch) // mini_batches
     rows: list[list[int]] = [[] for _ in range(ranks)]
     sizes: list[list[int]] = [[] for _ in range(ranks)]

@@ -50,7 +50,7 @@ def compute_log_probs(
 
 
 def add_mismatch(metrics: MetricBag, log_probs: torch.Tensor, rollout: torch.Tensor, mask: torch.Tensor) -> None:
-    """How far engine and trainer are apart, where no pass before the updates tells (see `rollout_metrics`)."""
+    """Add the distance of engine and trainer, where no pass before the updates tells (see `rollout_metrics`)."""
     log_probs, rollout = (torch.where(mask.bool(), column.double(), 0.0) for column in (log_probs, rollout))
     difference = (log_probs - rollout).abs()
     metrics.add_tokens("rollout/log_prob_diff_mean", difference, mask)

@@ -32,8 +32,8 @@ class GuardedStep:
     skipped_in_a_row: int = 0
 
     def widen_gradients(self) -> None:
-        """Behind each backward: gradients of bfloat16 weights add up in float32, since the sum of 40 micro-batches in
-        bfloat16 would lose all but the first few of them."""
+        """Widen, behind each backward, what was added up: gradients of bfloat16 weights add up in float32, since the
+        sum of 40 micro-batches in bfloat16 would lose all but the first few of them."""
         for parameter in self.model.parameters():
             if parameter.grad is not None and parameter.grad.dtype == torch.bfloat16:
                 gradient, parameter.grad = parameter.grad.float(), None
