@@ -111,7 +111,17 @@ FOLLOWER_CHOICES = (
     *(Variant(f"VEPO {share}", "vepo", (f"{SHAPERS}.vepo.top_fraction={share}", HALF)) for share in (0.2, 0.5)),
 )
 FOLLOWER_CHOICE_SEEDS = CHOOSE_SEEDS[:1]
-FOLLOWERS = (GRPO, *FOLLOWER_CHOICES[::2])
+FOLLOWERS = (
+    GRPO,
+    Variant("DAPO", "dapo"),
+    Variant("DVRP", "dvrp", dvrp(0.04)),
+    Variant("NoisyRollout", "noisy_rollout", noise(0.4)),
+    Variant("PAPO + NoisyRollout", "papo_noisy_rollout", papo(CHOSEN, *noise(0.8))),
+    Variant("PAPO banded", "papo_banded", banded(0.003)),
+    Variant("PGPO", "pgpo"),  # these three with their presets' settings
+    Variant("ToR", "tor"),
+    Variant("VEPO", "vepo"),
+)
 FOLLOWER_SEEDS = SEEDS[:3]
 
 # Columns of the tables: metric and heading.
