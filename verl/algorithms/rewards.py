@@ -64,7 +64,8 @@ def view_reward(
 ) -> torch.Tensor:
     """[B] float64: min(coef * mean over a response's tokens of KL(pi || pi_view), cap), by the k3 estimate; 0 in rows
     that the view does not cover. It pays for depending on the image whether the answer is right or not; the cap keeps
-    it from outweighing the answer.
+    it from outweighing the answer, under estimators that do not divide by a group's std (`dr_grpo`): where all answers
+    of a group are equally right, that makes it the whole advantage.
 
     Args:
         log_probs, view_log_probs, response_mask: [B, T].

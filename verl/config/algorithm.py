@@ -194,7 +194,8 @@ class RewardKLConfig:
 
 @dataclass
 class ViewRewardConfig:
-    """A reward for depending on the image. See verl.algorithms.rewards.view_reward."""
+    """A reward for depending on the image, for estimators that do not divide by a group's std, such as dr_grpo. See
+    verl.algorithms.rewards.view_reward."""
 
     view: str = option("masked", "name of the corrupted view")
     coef: float = option(0.0, "coefficient of a response's KL to that view in its reward; 0: none", least=0)

@@ -98,7 +98,7 @@ class Family:
         packs_images: Whether its tower takes the patches of all images as one row, in segments.
         linear_attention: Whether some layers of its language model are linear attention.
         tower_name: The tower's full name in the Hugging Face model.
-        vision_names: That, and what between it and the language model is no part of either.
+        vision_names: The tower, and the modules between it and the language model.
         auto_class: The class of transformers that loads it.
     """
 
