@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from papo.cli import main
-from papo.tools.doctor import machine
+from papo.tools.doctor import machine, run
 from papo.tools.doctor.case import GPU, Case
 from papo.tools.doctor.command import run_checks
 from tests.conftest import REPOSITORY
@@ -22,6 +22,7 @@ from tests.fakes.doctor import assert_error, bad
 from tests.fakes.models import qwen_7b, write_hollow_model
 from tests.fakes.packages import plant_package
 from tests.fakes.rows import row, write_parquet
+from verl.config.compose import compose_config
 
 GIB = 2**30
 
@@ -401,6 +402,16 @@ def test_what_is_said_of_a_gpu(gpu, level, text, monkeypatch):
     monkeypatch.setattr("torch.cuda.get_arch_list", lambda: ["sm_100"])
     [finding] = machine.check_gpus(Case([gpu]))
     assert finding.level == "error" and "this torch was built for sm_100" in finding.text
+
+
+@pytest.mark.parametrize(("model_type", "warned"), [("qwen3_5", True), ("qwen3_vl", False)])
+def test_linear_attention_without_its_kernels(families, model_type, warned):
+    folder = families[model_type] / "model"
+    config = compose_config("grpo", ["+task=digits", f"worker.actor.model.model_path={folder}"])
+    found = list(run.check_model(Case([GPU("H100", 80 * GIB, 79 * GIB, (9, 0))], config=config)))
+    assert [f.fix for f in found if f.level == "warning"] == (
+        ["pip install flash-linear-attention causal-conv1d"] if warned else []
+    )
 
 
 def test_a_gpu_machine_without_a_compiler_or_python_headers(monkeypatch, tmp_path):

@@ -8,8 +8,10 @@ from dataclasses import replace
 
 from papo.tools.doctor.case import Case, Finding, error, in_gib, in_short, load_hf_config, ok, warning
 from papo.tools.doctor.machine import disk_usage
+from papo.tools.doctor.packages import installed_version
 from papo.tools.doctor.weights import Weights, inspect
 
+KERNELS = ("flash-linear-attention", "causal-conv1d")
 SAMPLED_ROWS = 64  # all over a file; their prompts are counted, ...
 ENCODED_ROWS = 4  # ... and of the first of them also the images decoded
 
@@ -116,6 +118,10 @@ def _check_folder(case: Case, path: str) -> Iterator[Finding]:
     yield ok(
         "model", f"{path}: {billions(shape.parameters)} parameters, {billions(shape.vision_parameters)} of them vision"
     )
+    missing = [package for package in KERNELS if not installed_version(package)]
+    if shape.state and missing and case.device == "cuda" and not case.imagined:
+        text = "its linear attention would run in plain torch, more than ten times slower than by the kernels"
+        yield warning("model", text, f"pip install {' '.join(missing)}")
     folder = path if os.path.isdir(path) else _hub_folder(path)
     if folder is None:
         _, free = disk_usage(_hub_cache())
