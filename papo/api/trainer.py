@@ -25,10 +25,10 @@ from verl.config.compose import compose_config
 from verl.config.config import Config
 from verl.data.vision import load_processor
 from verl.legacy.rule import Changes
-from verl.trainer.interrupts import RunInterrupted
 from verl.trainer.plan import make_plan
 from verl.trainer.ray_trainer import Listener, RayTrainer
 from verl.utils.files import atomic_path, hold_folder
+from verl.utils.interrupts import RunInterrupted
 
 logger = logging.getLogger(__name__)
 

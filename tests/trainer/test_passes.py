@@ -16,9 +16,9 @@ from verl.metrics.machine import Timings
 from verl.models.families.base import Images
 from verl.protocol import DataProto
 from verl.single_controller.reward_group import RewardGroup
-from verl.trainer.interrupts import Interrupts, RunInterrupted
 from verl.trainer.ray_trainer import RayTrainer
 from verl.trainer.step import check_components, run_passes
+from verl.utils.interrupts import Interrupts, RunInterrupted
 from verl.workers.reward.base import Failure, Outcome, RewardError
 
 pytestmark = pytest.mark.usefixtures("in_repository")

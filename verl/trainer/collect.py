@@ -21,8 +21,8 @@ from verl.data.vision import VisionProcessor
 from verl.protocol import DataProto, object_array
 from verl.single_controller.reward_group import Tally
 from verl.single_controller.rollout_group import Rollout
+from verl.tracking.samples import Pictures
 from verl.trainer.plan import Plan
-from verl.trainer.samples import Pictures
 from verl.trainer.state import TrainState
 from verl.trainer.workers import Workers
 from verl.workers.reward.base import Outcome, RewardError, RewardInput

@@ -12,10 +12,10 @@ from verl.config.config import Config
 from verl.single_controller.preflight import ClusterError
 from verl.trainer.checkpoints import ResumeError
 from verl.trainer.dry_run import dry_run, in_small
-from verl.trainer.interrupts import RunInterrupted
 from verl.trainer.plan import make_plan
 from verl.trainer.ray_trainer import RayTrainer
 from verl.utils.files import hold_folder
+from verl.utils.interrupts import RunInterrupted
 from verl.workers.memory import OutOfDeviceMemory
 from verl.workers.reward.base import RewardError
 

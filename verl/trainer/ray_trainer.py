@@ -25,13 +25,13 @@ from verl.trainer.checkpoints import (
     set_aside_later,
 )
 from verl.trainer.collect import Collector
-from verl.trainer.interrupts import Interrupts, RunInterrupted
 from verl.trainer.plan import Plan
 from verl.trainer.run_dir import RunDir
 from verl.trainer.state import TrainState
 from verl.trainer.step import Batch, prepare, speed, sync, update
 from verl.trainer.validation import Validation, for_summary
 from verl.trainer.workers import Workers
+from verl.utils.interrupts import Interrupts, RunInterrupted
 
 logger = logging.getLogger(__name__)
 

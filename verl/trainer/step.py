@@ -21,9 +21,9 @@ from verl.config.algorithm import OldLogProbs
 from verl.config.worker import RolloutConfig
 from verl.metrics.machine import Timings
 from verl.protocol import DataProto, check_columns
+from verl.tracking.samples import add_pictures, add_tokens, samples
 from verl.trainer.collect import Rows, component, graded, overall_scores
 from verl.trainer.plan import Plan
-from verl.trainer.samples import add_pictures, add_tokens, samples
 from verl.trainer.state import TrainState
 from verl.trainer.workers import Workers, size_in_bytes
 from verl.workers.reward.base import Outcome, RewardError, component_means

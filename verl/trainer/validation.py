@@ -13,10 +13,10 @@ from verl.data.thumbnails import thumbnails, views_to_show
 from verl.protocol import DataProto
 from verl.single_controller.rollout_group import Rollout
 from verl.tracking import Row, Trackers
+from verl.tracking.samples import add_pictures, add_tokens, samples
 from verl.trainer.collect import reward_inputs
 from verl.trainer.plan import Plan
 from verl.trainer.run_dir import RunDir
-from verl.trainer.samples import add_pictures, add_tokens, samples
 from verl.trainer.workers import Workers
 from verl.workers.reward.base import Outcome, RewardInput, RewardScore, component_means
 from verl.workers.rollout.base import SamplingParams, validation_sampling
