@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForImageTextToText
 
 from tests.fakes.actors import build_actor, log_probs, process_group
-from tests.fakes.families import VISION
+from tests.fakes.families import QWEN
 from tests.fakes.rollouts import make_batch
 from verl.models import attention
 from verl.models.attention import segment_attention, use_segments, window_attention
@@ -145,7 +145,7 @@ def test_windows_of_a_tower_attend_within_themselves_in_one_call_for_each_length
 
 
 def test_a_tower_by_segments_gives_what_it_gives_by_sdpa(families):
-    for model_type in VISION:
+    for model_type in QWEN:
         model = AutoModelForImageTextToText.from_pretrained(families[model_type] / "model")
         batch = make_batch(families[model_type])
         images = [item for row in batch["mm_inputs"] for item in row.items]

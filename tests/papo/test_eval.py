@@ -261,13 +261,15 @@ def server(assets, tmp_path_factory):
         command = [*module, "--port", str(port), *options]
         process = subprocess.Popen(command, env=settings, stdout=file, stderr=file, start_new_session=True)
     url = f"http://127.0.0.1:{port}/v1"
-    for _ in range(600):
+
+    def is_up() -> bool:
+        with suppress(httpx.HTTPError):
+            return httpx.get(f"{url}/models").status_code == 200
+        return False
+
+    while not is_up():  # until pytest's timeout
         assert process.poll() is None, log.read_text()[-4000:]
-        try:
-            if httpx.get(f"{url}/models").status_code == 200:
-                break
-        except httpx.HTTPError:
-            time.sleep(0.5)
+        time.sleep(0.5)
     yield url, process, log
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # its engine is a process of its own, which would stay

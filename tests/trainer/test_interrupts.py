@@ -72,8 +72,10 @@ def wait_for(process: subprocess.Popen, what: Callable[[], object], log: Path) -
 
 
 def steps_done(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    try:
+        return (run / "metrics.jsonl").read_bytes().count(b"\n")
+    except FileNotFoundError:  # not there yet, or moved aside: a run that was killed before its first checkpoint
+        return 0
 
 
 def saving(run: Path) -> bool:

@@ -167,7 +167,7 @@ def test_both_saved_forms_have_the_trainers_log_probs(trained, families, model_t
     ):
         for row in (0, 4, 7):
             expected = plain_log_probs(plain, folder / "model", batch, row)
-            torch.testing.assert_close(found[row, : len(expected)], expected, atol=1e-5, rtol=0)
+            torch.testing.assert_close(found[row, : len(expected)], expected, atol=2e-5, rtol=0)
 
 
 @pytest.fixture

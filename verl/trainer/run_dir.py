@@ -45,9 +45,8 @@ class RunDir:
         os.makedirs(self.path, exist_ok=True)
         with atomic_path(self.file("config.yaml")) as temporary:
             OmegaConf.save(OmegaConf.create(settings(config)), temporary)
-        if (found := machine()) != self._read_json(
-            "machine.json"
-        ):  # a complete run that is started again stays as it is
+        found = machine()
+        if found != self._read_json("machine.json"):  # a complete run that is started again stays as it is
             self._write_json("machine.json", found)
 
     def _go_on_after(self, step: int) -> None:

@@ -50,7 +50,7 @@ class Images:
         """Images with these tensors; digests are by default those of the tensors. A row of an image's longest tensor
         holds `each` patches."""
         names = map(_digest, items) if digests is None else digests
-        return cls(tuple(items), tuple(names), tuple(each * max(map(len, item.values())) for item in items))
+        return cls(tuple(items), tuple(names), tuple(each * max(map(len, item.values()), default=0) for item in items))
 
     @property
     def patches(self) -> int:

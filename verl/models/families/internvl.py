@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText
 from transformers.image_utils import SizeDict
-from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
 from verl.models.families.base import Family, Images
 
@@ -90,6 +89,7 @@ class InternVL(Family):
 
     def resize(self, image_processor: Any, image: Image.Image) -> Image.Image:
         from PIL import Image
+        from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 
         tile = image_processor.size["height"], image_processor.size["width"]
         limits = image_processor.min_patches, image_processor.max_patches
