@@ -117,7 +117,7 @@ FOLLOWERS = (
     Variant("DVRP", "dvrp", dvrp(0.04)),
     Variant("NoisyRollout", "noisy_rollout", noise(0.4)),
     Variant("PAPO + NoisyRollout", "papo_noisy_rollout", papo(CHOSEN, *noise(0.8))),
-    Variant("PAPO banded", "papo_banded", ("algorithm.adv_estimator=dr_grpo", *banded(0.003))),
+    Variant("PAPO banded", "papo_banded", banded(0.003)),
     Variant("PGPO", "pgpo"),  # these three with their presets' settings
     Variant("ToR", "tor"),
     Variant("VEPO", "vepo"),
