@@ -83,7 +83,7 @@ CHOOSE = tuple(
 CHOOSE_SEEDS = (101, 102, 103)
 
 SHAPERS, VIEWS = "algorithm.shapers", "algorithm.views"
-HALF = "trainer.max_steps=50"  # to choose between settings of what rests on DAPO, whose steps take three times as long
+HALF = "trainer.max_steps=50"  # to choose between settings of what rests on DAPO, whose steps are longer
 
 
 def dvrp(coef: float) -> tuple[str, ...]:

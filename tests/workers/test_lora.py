@@ -161,13 +161,14 @@ def test_both_saved_forms_have_the_trainers_log_probs(trained, families, model_t
     folder = families[model_type]
     batch = make_batch(folder)
     found = torch.cat([rank[model_type]["trained"] for rank in ranks])
+    close = 2e-5 if model_type == "qwen3_5" else 1e-5  # the state of linear attention rounds once more
     for plain in (
         read(saved / model_type, model_type, torch.float32),
         with_adapter(folder / "model", saved / model_type, model_type).float(),
     ):
         for row in (0, 4, 7):
             expected = plain_log_probs(plain, folder / "model", batch, row)
-            torch.testing.assert_close(found[row, : len(expected)], expected, atol=2e-5, rtol=0)
+            torch.testing.assert_close(found[row, : len(expected)], expected, atol=close, rtol=0)
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ class VLLMEngine:
         logging.getLogger("vllm.logging_utils.dump_input").setLevel(logging.CRITICAL)
         self.special = special
         self.limit_images = config.worker.rollout.limit_images
-        arguments = engine_arguments(config, device) | model_arguments(config, device)
+        arguments = model_arguments(config, device) | engine_arguments(config, device)  # which has engine_kwargs
         self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
         self.sleeps = self.engine.model_config.enable_sleep_mode
         self.sleep_level = config.worker.rollout.sleep_level
