@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -18,7 +19,7 @@ from verl.data.vision import VisionProcessor
 from verl.models.families.base import Images
 from verl.protocol import DataProto
 from verl.trainer.collect import reward_inputs
-from verl.trainer.plan import check, check_reference_and_critic, check_vision
+from verl.trainer.plan import check, check_engine, check_reference_and_critic, check_vision
 
 
 def vision_of(families, model_type: str) -> VisionProcessor:
@@ -76,6 +77,28 @@ def test_masked_views_and_a_frozen_tower_need_a_model_that_sees(families):
     check_vision(grpo, check(grpo), sees)
     with pytest.raises(ValueError, match="freeze_vision_tower=true: .* Qwen3 model, which reads text only"):
         check_vision(grpo, check(grpo), reads)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "reason"),
+    [
+        ("qwen3_5", [], "Qwen3.5's linear attention in bfloat16 alone: set .*compute_dtype=bfloat16, or .*name=hf"),
+        ("qwen3_5", ["worker.actor.fsdp.compute_dtype=bfloat16"], None),
+        ("qwen3_vl", [], None),
+        ("qwen3_vl", ["worker.rollout.enable_chunked_prefill=true"], "enable_chunked_prefill=true does not work"),
+    ],
+)
+def test_an_engine_that_cannot_serve_a_run_is_refused_or_not_chosen(families, model_type, overrides, reason, caplog):
+    config, vision = compose_config("grpo", [*BASE, *overrides]), vision_of(families, model_type)
+    config.worker.rollout.name = "vllm"
+    check_engine(config, vision, "cuda", may_choose=False)
+    if reason is not None:
+        with pytest.raises(ValueError, match=reason):
+            check_engine(config, vision, "cpu", may_choose=False)
+    caplog.set_level("INFO")
+    check_engine(config, vision, "cpu", may_choose=True)
+    assert config.worker.rollout.name == ("vllm" if reason is None else "hf")
+    assert re.search(f"rollout engine: hf, not vllm: .*{reason}", caplog.text) if reason else not caplog.text
 
 
 @pytest.mark.parametrize(("model_type", "size", "fits"), [("qwen3_vl", 14, False), ("qwen3_vl", 32, True)])

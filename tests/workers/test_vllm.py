@@ -176,5 +176,3 @@ def test_options_reach_the_engine_under_the_names_that_users_know(assets):
     assert changed["limit_mm_per_prompt"] == {"video": 0, "image": 3} and changed["swap_space"] == 2
     assert (changed["max_num_batched_tokens"], changed["max_model_len"]) == (16384, 8192)
     assert changed["enforce_eager"] and not changed["enable_chunked_prefill"]
-    with pytest.raises(ValueError, match="enable_chunked_prefill=true does not work with seeds on CPU"):
-        arguments("cpu", "worker.rollout.enable_chunked_prefill=true")

@@ -25,7 +25,7 @@ from verl.single_controller.resources import Layout, plan_layout
 from verl.single_controller.rollout_group import choose_carrier
 from verl.tracking import check_trackers
 from verl.workers.reward.functions import load_functions
-from verl.workers.rollout.engines import choose_engine
+from verl.workers.rollout.engines import ENGINES, choose_engine
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class Plan:
 
 def make_plan(config: Config) -> Plan:
     """Check the config and open its files. Raises ValueError or FileNotFoundError naming the key, file or row."""
+    may_choose = config.worker.rollout.name == "auto"
     requirements = check(config)
     make_paths_absolute(config)
     if config.trainer.val_only:
@@ -64,6 +65,7 @@ def make_plan(config: Config) -> Plan:
         log_requirements(config, requirements)
     data, model = config.data, config.worker.actor.model
     vision = VisionProcessor(model.model_path, data.min_pixels, data.max_pixels, model.trust_remote_code)
+    check_engine(config, vision, layout.device, may_choose)
     check_vision(config, requirements, vision)
     check_reference_and_critic(config, requirements, vision)
     check_adapter(config, vision)
@@ -84,6 +86,17 @@ def make_plan(config: Config) -> Plan:
     return Plan(
         config, build_terms(config.algorithm.terms), requirements, sizes, layout, vision, train, val, total_steps
     )
+
+
+def check_engine(config: Config, vision: VisionProcessor, device: str, may_choose: bool) -> None:
+    """Raise ValueError for a rollout engine that cannot serve the run, or take `hf` where the choice is free."""
+    rollout = config.worker.rollout
+    if (reason := ENGINES[rollout.name].unfit(config, vision.family, device)) is None:
+        return
+    if not may_choose:
+        raise ValueError(reason)
+    logger.info("rollout engine: hf, not %s: %s", rollout.name, reason)
+    rollout.name = "hf"
 
 
 def check_vision(config: Config, requirements: Requirements, vision: VisionProcessor) -> None:

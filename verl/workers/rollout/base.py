@@ -9,7 +9,9 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from verl.config.config import Config
 from verl.config.worker import RolloutConfig
+from verl.models.families.base import Family
 from verl.protocol import DataProto
 from verl.registry import Registry
 from verl.utils.rng import derive_seed
@@ -76,6 +78,11 @@ class RolloutEngine(Protocol):
     package: str | None
     install: str
     spans_gpus: bool
+
+    @staticmethod
+    def unfit(config: Config, family: Family, device: str) -> str | None:
+        """The reason why it cannot serve this run on a `cpu` or `cuda` device, with the way out; None where it can."""
+        ...
 
     @staticmethod
     def memory(rollout: RolloutConfig, load: EngineLoad) -> tuple[list[Term], int | None]:

@@ -11,7 +11,7 @@ from verl.config.worker import RolloutConfig
 from verl.models.attention import use_segments
 from verl.models.cache import ResponseCache
 from verl.models.families import family_of
-from verl.models.families.base import SpecialTokens, positions_of_response
+from verl.models.families.base import Family, SpecialTokens, positions_of_response
 from verl.models.loading import load_model, resolve_dtype
 from verl.models.packing import pack
 from verl.models.policy import response_states
@@ -26,6 +26,10 @@ class HFEngine:
     """See RolloutEngine. Requests with the same n share batches of at most `max_batch_size` responses."""
 
     package, install, spans_gpus = None, "", False
+
+    @staticmethod
+    def unfit(config: Config, family: Family, device: str) -> None:
+        return None
 
     @staticmethod
     def memory(rollout: RolloutConfig, load: EngineLoad) -> tuple[list[Term], int | None]:

