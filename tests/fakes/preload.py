@@ -6,6 +6,8 @@ from verl.utils.process import quiet_libraries
 
 quiet_libraries()
 
+from importlib.util import find_spec
+
 import mathruler.grader
 import torchdata.stateful_dataloader
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl, processing_qwen2_5_vl
@@ -17,3 +19,11 @@ import verl.data.vision
 import verl.models.policy
 import verl.workers.fsdp.wrap
 import verl.workers.rollout.hf_engine
+
+if find_spec("vllm") is not None:  # it imports Ray itself, but these, a third of its start, do not
+    import compressed_tensors
+    import fastapi
+    import openai
+    import scipy.signal
+    import scipy.stats
+    import torch._inductor.lowering
