@@ -9,6 +9,8 @@ quiet_libraries()
 from importlib.util import find_spec
 
 import mathruler.grader
+import matplotlib.backends.backend_agg
+import matplotlib.figure
 import torchdata.stateful_dataloader
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl, processing_qwen2_5_vl
 
