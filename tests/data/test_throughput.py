@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import pickle
 import subprocess
-import sys
 import time
 
 import pyarrow as pa
@@ -14,6 +14,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 from tests.fakes.rows import png, row, write_parquet
+from tests.fakes.warm import warm_python
 from verl.config.data import DataConfig
 from verl.data.collate import PromptCollator
 from verl.data.dataset import PromptDataset
@@ -78,7 +79,7 @@ def test_the_next_batches_are_made_by_loader_processes_meanwhile_and_no_more_tha
 
 def test_sixteen_responses_need_no_more_memory_for_images_than_one(assets):
     def peak(n: int) -> int:
-        command = [sys.executable, "-m", "tests.fakes.step_memory", str(assets / "model"), str(n)]
+        command = [*warm_python(), "-m", "tests.fakes.step_memory", str(assets / "model"), str(n)]
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
         assert not done.returncode, done.stderr
         return int(done.stdout)
@@ -98,8 +99,8 @@ def test_the_message_to_a_rank_holds_an_image_once(tmp_path, vision):
 
 def test_memory_of_the_host_and_of_the_driver_are_reported():
     before = host_memory()
-    ballast = bytearray(200 << 20)
-    ballast[::1024] = b"x" * (200 << 10)  # in every page; without a temporary copy, whose memory might be kept
+    ballast = mmap.mmap(-1, 200 << 20)  # not from the allocator, which may have as much left from earlier tests
+    ballast[::1024] = b"x" * (200 << 10)  # in every page
     after = host_memory()
     grown = after["perf/driver_memory_gb"] - before["perf/driver_memory_gb"]
     assert 0.15 < grown < 0.3 and len(ballast) == 200 << 20
