@@ -6,8 +6,6 @@ from verl.utils.process import quiet_libraries
 
 quiet_libraries()
 
-from importlib.util import find_spec
-
 import mathruler.grader
 import matplotlib.backends.backend_agg
 import matplotlib.figure
@@ -21,11 +19,3 @@ import verl.data.vision
 import verl.models.policy
 import verl.workers.fsdp.wrap
 import verl.workers.rollout.hf_engine
-
-if find_spec("vllm") is not None:  # it imports Ray itself, but these, a third of its start, do not
-    import compressed_tensors
-    import fastapi
-    import openai
-    import scipy.signal
-    import scipy.stats
-    import torch._inductor.lowering

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -25,9 +26,11 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 CLIENT = Path(__file__).with_name("warm_client.py")
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def warm_python() -> list[str]:
@@ -80,6 +83,7 @@ def serve(path: str) -> dict:
                 continue
             pid = os.fork()
             if pid == 0:
+                ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # none outlives the server
                 for number, file in enumerate(files):
                     os.dup2(file, number)
                 os.closerange(3, os.sysconf("SC_OPEN_MAX"))
@@ -128,6 +132,14 @@ def run(words: list[str]) -> None:
 
 if __name__ == "__main__":
     import tests.fakes.preload  # noqa: F401
+
+    if find_spec("vllm") is not None:  # it imports Ray itself, but these, two fifths of its start, do not
+        import compressed_tensors  # noqa: F401
+        import fastapi  # noqa: F401
+        import openai  # noqa: F401
+        import scipy.signal  # noqa: F401
+        import scipy.stats  # noqa: F401
+        import torch._inductor.lowering  # noqa: F401
 
     os.close(os.pidfd_open(os.getpid()))  # fails where the system has none
     assert "ray" not in sys.modules and len(os.listdir("/proc/self/task")) == 1, "not in a state to fork"
