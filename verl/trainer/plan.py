@@ -97,6 +97,7 @@ def check_engine(config: Config, vision: VisionProcessor, device: str, may_choos
         raise ValueError(reason)
     logger.info("rollout engine: hf, not %s: %s", rollout.name, reason)
     rollout.name = "hf"
+    choose_engine(rollout)  # raises ValueError where the run needs what only the other has
 
 
 def check_vision(config: Config, requirements: Requirements, vision: VisionProcessor) -> None:
