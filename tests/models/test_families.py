@@ -24,6 +24,7 @@ from verl.data.collate import PromptCollator, join_responses
 from verl.data.dataset import PromptDataset
 from verl.data.views import add_view
 from verl.data.vision import VisionProcessor, load_special_tokens
+from verl.models import packed_linear
 from verl.models.families import FAMILIES, family_of
 from verl.models.families.base import Images, positions_of_response
 from verl.protocol import DataProto
@@ -193,7 +194,8 @@ def test_values_of_a_critic_are_those_of_the_plain_model(case, one_rank):
         torch.testing.assert_close(values[row, : len(own)].double(), own.detach(), atol=1e-5, rtol=0)
 
 
-def test_hf_engine_and_trainer_agree(case, one_rank):
+def test_hf_engine_and_trainer_agree(case, one_rank, monkeypatch):
+    monkeypatch.setattr(packed_linear, "WORTH_PACKING", 0)  # as in models of a useful size
     path = str(case.folder / "train.parquet")
     overrides = [f"data.train_files={path}", "data.val_files=null", f"worker.actor.model.model_path={case.model}"]
     config = compose_config("quickstart", [*overrides, "data.format_prompt=null"])
@@ -201,6 +203,7 @@ def test_hf_engine_and_trainer_agree(case, one_rank):
     data = PromptDataset(path, "data.train_files", config.data, vision)
     prompts = PromptCollator(vision.special.pad)([data[i] for i in range(4)])
     engine = HFEngine(config, vision.special, torch.device("cpu"))
+    assert len(engine.packed) > 10
     request = SamplingParams(n=3, temperature=0.8, top_p=1.0, top_k=-1, max_tokens=12, seed=0)
     responses = engine.generate(prompts, [replace(request, seed=i) for i in range(4)])
     actor = build_actor(case.model, temperature=0.8)

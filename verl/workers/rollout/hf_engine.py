@@ -13,6 +13,7 @@ from verl.models.cache import ResponseCache
 from verl.models.families import family_of
 from verl.models.families.base import Family, SpecialTokens, positions_of_response
 from verl.models.loading import load_model, resolve_dtype
+from verl.models.packed_linear import pack_linears
 from verl.models.packing import pack
 from verl.models.policy import response_states
 from verl.protocol import DataProto
@@ -62,6 +63,7 @@ class HFEngine:
         self.model.to(device).eval()
         self.family = family_of(self.model.config)
         use_segments(self.model)
+        self.packed = pack_linears(self.model, self.family.tower(self.model))
 
     @torch.inference_mode()
     def generate(self, prompts: DataProto, sampling: list[SamplingParams]) -> DataProto:
@@ -82,15 +84,18 @@ class HFEngine:
             self.carrier.connect(host, port, first_rank, size)
 
     def begin_weights(self) -> None:
-        self.missing = set(self.model.state_dict())
+        self.missing = {*self.model.state_dict(), *self.packed}
 
     @torch.no_grad()
     def load_bucket(self, layout: BucketLayout, payloads: list[Any]) -> None:
         own = self.model.state_dict()
         for name, weight in layout.unpack(self.carrier.receive(layout, payloads)):
-            if name not in own:
+            if name in self.packed:
+                self.packed[name].load(weight)
+            elif name in own:
+                own[name].copy_(weight)
+            else:
                 raise ValueError(f"weight sync sent '{name}', which the engine's model does not have")
-            own[name].copy_(weight)
             self.missing.discard(name)
 
     def finish_weights(self) -> None:
