@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     options = parser.parse_args(arguments)
     if options.ahead:
         return ahead()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)  # threads that have begun would be missing from the forks of peak_memory
     plain, inner = build(), build()
     use_segments(inner)
     policy = PolicyModel(inner, [], 1.0, CHUNK)
@@ -204,6 +204,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     slow, fast = (peak_memory(run) for run in times["update"])
     found["memory"] = fast / slow
     sys.stdout.write(f"memory   padded {slow} MiB, packed {fast} MiB: {fast / slow:.2f} of it, gradients included\n")
+    torch.set_num_threads(options.threads)
     keep_freed_memory()  # as a worker does
     for name, (padded, packed) in times.items():
         slow, fast = seconds(padded, options.repeats), seconds(packed, options.repeats)
