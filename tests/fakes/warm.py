@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import gc
 import json
 import os
 import runpy
@@ -66,6 +67,8 @@ def server_socket() -> str | None:
 
 def serve(path: str) -> dict:
     """Fork for each client and tell it how the fork has ended; returns in the forks, with what is to be run."""
+    gc.collect()
+    gc.freeze()  # a fork's collector would visit, and so copy, all that was imported
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen(64)
