@@ -203,7 +203,7 @@ def test_hf_engine_and_trainer_agree(case, one_rank, monkeypatch):
     data = PromptDataset(path, "data.train_files", config.data, vision)
     prompts = PromptCollator(vision.special.pad)([data[i] for i in range(4)])
     engine = HFEngine(config, vision.special, torch.device("cpu"))
-    assert len(engine.packed) > 10
+    assert len(engine.packed) > 10 or not packed_linear.is_supported()
     request = SamplingParams(n=3, temperature=0.8, top_p=1.0, top_k=-1, max_tokens=12, seed=0)
     responses = engine.generate(prompts, [replace(request, seed=i) for i in range(4)])
     actor = build_actor(case.model, temperature=0.8)

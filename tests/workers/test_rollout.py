@@ -108,6 +108,7 @@ def packed(setup, assets):
         return HFEngine(config, setup[2].special, torch.device("cpu"))
 
 
+@pytest.mark.skipif(not packed_linear.is_supported(), reason="only on x86")
 def test_packed_layers_say_what_plain_ones_say_before_and_after_a_weight_sync(setup, packed, assets):
     engine, prompts, _ = setup
     own = {name: weight.clone() for name, weight in engine.model.state_dict().items()}
@@ -126,6 +127,7 @@ def test_packed_layers_say_what_plain_ones_say_before_and_after_a_weight_sync(se
     assert names == set(packed.packed) and len(names) > 20
 
 
+@pytest.mark.skipif(not packed_linear.is_supported(), reason="only on x86")
 def test_a_weight_of_a_packed_layer_that_is_missing_is_named(setup, packed):
     sent, name = dict(setup[0].model.state_dict()), sorted(packed.packed)[3]
     sent.pop(name)
@@ -133,6 +135,7 @@ def test_a_weight_of_a_packed_layer_that_is_missing_is_named(setup, packed):
         load(packed, sent)
 
 
+@pytest.mark.skipif(not packed_linear.is_supported(), reason="only on x86")
 def test_only_large_layers_with_a_weight_of_their_own_are_packed():
     model = nn.ModuleDict({"large": nn.Linear(512, 256), "small": nn.Linear(511, 256), "head": nn.Linear(512, 256)})
     model["embedding"] = nn.Embedding(256, 512)

@@ -33,14 +33,19 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(rows, self.packed, self.bias, "none", [], "")
 
 
+def is_supported() -> bool:
+    """Whether torch has oneDNN and the CPU is one of x86; others have not been tried."""
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
 def pack_linears(model: nn.Module, tower: nn.Module | None) -> dict[str, PackedLinear]:
     """Pack the linear layers of a float32 model on a CPU that are large enough and share their weight with none, except
     those of its vision `tower`, which decodes nothing.
 
     Returns:
-        The packed layers by the name of their weight, such as "lm_head.weight"; none where torch lacks oneDNN.
+        The packed layers by the name of their weight, such as "lm_head.weight"; none where this is not supported.
     """
-    if not torch.backends.mkldnn.is_available():
+    if not is_supported():
         return {}
     uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     left = set(tower.modules()) if tower is not None else set()
