@@ -149,7 +149,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a person who stops the tests: the server is told when to end
     request = serve(sys.argv[1])
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    atexit.register(gc.unfreeze)  # nanobind says what it takes for leaks where a process ends with frozen objects
+    atexit.register(gc.unfreeze)  # or nanobind reports leaks behind a command's last line
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])

@@ -48,10 +48,10 @@ def pack_linears(model: nn.Module, tower: nn.Module | None) -> dict[str, PackedL
     if not is_supported():
         return {}
     uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
-    left = set(tower.modules()) if tower is not None else set()
+    of_tower = set(tower.modules()) if tower is not None else set()
     found = {}
     for name, layer in list(model.named_modules()):
-        weight = layer.weight if type(layer) is nn.Linear and layer not in left else None
+        weight = layer.weight if type(layer) is nn.Linear and layer not in of_tower else None
         if weight is None or weight.numel() < WORTH_PACKING or uses[id(weight)] > 1:
             continue
         if weight.dtype == torch.float32 and weight.device.type == "cpu":
