@@ -184,6 +184,19 @@ def test_a_broadcast_that_nobody_receives_ends(monkeypatch):
         ends[0].send(torch.zeros(2**28, dtype=torch.uint8))
 
 
+def test_a_broadcast_ends_for_all_when_one_end_has_died(monkeypatch):
+    monkeypatch.setattr(weight_sync, "BROADCAST_TIMEOUT", timedelta(seconds=20))
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ends = [weight_sync.CollectiveCarrier(torch.device("cpu")) for _ in range(3)]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda rank: ends[rank].connect("127.0.0.1", store.port, rank, 3), range(3)))
+        received = pool.submit(ends[2].receive, weight_sync.BucketLayout((), 2**20), [])
+        ends[1].group = None
+        with pytest.raises(RuntimeError, match="onnection"):
+            ends[0].send(torch.zeros(2**20, dtype=torch.uint8))
+        assert not isinstance(received.exception(), TimeoutError)  # it may have got the bucket before
+
+
 @pytest.mark.parametrize("carrier", ["object_store", "collective"])
 def test_a_replica_that_dies_in_the_middle_of_a_sync_gets_the_weights_afterwards(cluster, assets, monkeypatch, carrier):
     prompts, sampling = read_prompts(cluster), requests(4)

@@ -260,7 +260,11 @@ class CollectiveCarrier:
                 self.group.abort()
                 raise TimeoutError(f"weight_sync=collective: a bucket was not received within {BROADCAST_TIMEOUT}")
             time.sleep(0.0005)
-        work.wait()  # raises what went wrong
+        try:
+            work.wait()
+        except RuntimeError:  # an end has died
+            self.group = None  # closes the connections: the others would wait until their own time is out
+            raise
 
     def release(self) -> None:
         pass
