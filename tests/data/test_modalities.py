@@ -89,14 +89,14 @@ def test_masked_views_and_a_frozen_tower_need_a_model_that_sees(families):
     ],
 )
 def test_an_engine_that_cannot_serve_a_run_is_refused_or_not_chosen(families, model_type, overrides, reason, caplog):
-    config, vision = compose_config("grpo", [*BASE, *overrides]), vision_of(families, model_type)
+    config, family = compose_config("grpo", [*BASE, *overrides]), vision_of(families, model_type).family
     config.worker.rollout.name = "vllm"
-    check_engine(config, vision, "cuda", may_choose=False)
+    check_engine(config, family, "cuda", may_choose=False)
     if reason is not None:
         with pytest.raises(ValueError, match=reason):
-            check_engine(config, vision, "cpu", may_choose=False)
+            check_engine(config, family, "cpu", may_choose=False)
     caplog.set_level("INFO")
-    check_engine(config, vision, "cpu", may_choose=True)
+    check_engine(config, family, "cpu", may_choose=True)
     assert config.worker.rollout.name == ("vllm" if reason is None else "hf")
     assert re.search(f"rollout engine: hf, not vllm: .*{reason}", caplog.text) if reason else not caplog.text
 

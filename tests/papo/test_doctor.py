@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from papo.cli import main
-from papo.tools.doctor import machine, run
+from papo.tools.doctor import fit, machine, run
 from papo.tools.doctor.case import GPU, Case
 from papo.tools.doctor.command import run_checks
 from tests.conftest import REPOSITORY
@@ -412,6 +412,27 @@ def test_linear_attention_without_its_kernels(families, model_type, warned):
     assert [f.fix for f in found if f.level == "warning"] == (
         ["pip install flash-linear-attention causal-conv1d"] if warned else []
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "found", "memory"),
+    [
+        ("auto", "float32", "rollout engine hf", "prefill"),
+        ("auto", "bfloat16", "rollout engine vllm", "working memory"),
+        ("vllm", "float32", "set worker.actor.fsdp.compute_dtype=bfloat16, or worker.rollout.name=hf", None),
+    ],
+)
+def test_an_engine_that_cannot_serve_the_model(families, monkeypatch, name, dtype, found, memory):
+    """As in a run: `auto` takes hf, whose memory is then estimated, and a named one is an error."""
+    monkeypatch.setattr("verl.workers.rollout.engines.is_installed", lambda engine: True)
+    options = [f"worker.rollout.name={name}", f"worker.actor.fsdp.compute_dtype={dtype}"]
+    model = f"worker.actor.model.model_path={families['qwen3_5'] / 'model'}"
+    case = Case([], config=compose_config("grpo", ["+task=digits", model, *options]))
+    first = next(run.check_config(case))
+    assert found in first.text and first.level == ("ok" if memory else "error")
+    if memory:
+        list(fit.check_memory_fit(case))
+        assert memory in [term.name for term in case.estimate.roles["engine"][0]]
 
 
 def test_a_gpu_machine_without_a_compiler_or_python_headers(monkeypatch, tmp_path):

@@ -19,6 +19,7 @@ from verl.data.collate import PromptCollator
 from verl.data.dataset import PromptDataset
 from verl.data.loader import train_loader, validation_loader
 from verl.data.vision import VisionProcessor
+from verl.models.families.base import Family
 from verl.models.loading import outline
 from verl.models.lora import adapter_parameters, find_targets
 from verl.single_controller.resources import Layout, plan_layout
@@ -65,7 +66,7 @@ def make_plan(config: Config) -> Plan:
         log_requirements(config, requirements)
     data, model = config.data, config.worker.actor.model
     vision = VisionProcessor(model.model_path, data.min_pixels, data.max_pixels, model.trust_remote_code)
-    check_engine(config, vision, layout.device, may_choose)
+    check_engine(config, vision.family, layout.device, may_choose)
     check_vision(config, requirements, vision)
     check_reference_and_critic(config, requirements, vision)
     check_adapter(config, vision)
@@ -88,10 +89,10 @@ def make_plan(config: Config) -> Plan:
     )
 
 
-def check_engine(config: Config, vision: VisionProcessor, device: str, may_choose: bool) -> None:
+def check_engine(config: Config, family: Family, device: str, may_choose: bool) -> None:
     """Raise ValueError for a rollout engine that cannot serve the run, or take `hf` where the choice is free."""
     rollout = config.worker.rollout
-    if (reason := ENGINES[rollout.name].unfit(config, vision.family, device)) is None:
+    if (reason := ENGINES[rollout.name].unfit(config, family, device)) is None:
         return
     if not may_choose:
         raise ValueError(reason)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from papo.tools.doctor.case import Case, Finding, error, in_gib, in_short, load_hf_config, ok, warning
 from papo.tools.doctor.machine import disk_usage
 from papo.tools.doctor.packages import installed_version
 from papo.tools.doctor.weights import Weights, inspect
+
+if TYPE_CHECKING:
+    from verl.models.families.base import Family
 
 KERNELS = ("flash-linear-attention", "causal-conv1d")
 SAMPLED_ROWS = 64  # all over a file; their prompts are counted, ...
@@ -19,16 +23,19 @@ ENCODED_ROWS = 4  # ... and of the first of them also the images decoded
 def check_config(case: Case) -> Iterator[Finding]:
     """Check what the trainer checks before it opens a file."""
     from verl.config.sizes import compute_sizes
-    from verl.trainer.plan import check
+    from verl.trainer.plan import check, check_engine
 
     config, rollout = case.config, case.config.worker.rollout
     elsewhere = case.imagined and rollout.name in ("auto", "vllm")
     if elsewhere:
         rollout.name = "auto"  # vLLM is asked for there, and need not be installed here
+    may_choose = rollout.name == "auto"
     try:
         check(config)
         if elsewhere:
             rollout.name = "vllm"
+        if family := _family(case):
+            check_engine(config, family, case.device, may_choose)
         yield ok("config", f"all keys fit together; rollout engine {rollout.name}")
     except (ValueError, FileNotFoundError) as reason:
         yield error("config", str(reason))
@@ -40,6 +47,16 @@ def check_config(case: Case) -> Iterator[Finding]:
     for name in case.requirements.inert:
         text = f"loss term '{name}' can give no gradient: it reads only stored columns"
         yield warning("loss", text, f"set grad=true on its view, or algorithm.terms.{name}.coef=0")
+
+
+def _family(case: Case) -> Family | None:
+    """Of the actor's model; None where it does not load, which check_model says."""
+    from verl.models.families import family_of
+
+    try:
+        return family_of(case.hf_config)
+    except (ValueError, OSError):
+        return None
 
 
 def check_devices(case: Case) -> Iterator[Finding]:
