@@ -34,8 +34,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _session() -> None:
+    from transformers import PreTrainedConfig
+
     from verl.plugins import load_plugins
 
+    PreTrainedConfig.__repr__ = object.__repr__  # a load writes it out, if only for a log that nobody reads
     torch.set_num_threads(1)
     load_plugins()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 
@@ -104,10 +105,11 @@ def definition(model, batch, average=LossAverage.token, plain=None):
     return {n: p.grad if p.grad is not None else zero[n] for n, p in plain.named_parameters()}, total.item()
 
 
+@functools.cache
 def banned_ids(model):
     from transformers import AutoTokenizer
 
-    return set(
+    return frozenset(
         AutoTokenizer.from_pretrained(model).convert_tokens_to_ids(
             [t for t in Family.modality_tokens if "audio" not in t]
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from hydra.core.config_store import ConfigStore
 
 SCHEMA = "schema"
@@ -14,6 +16,7 @@ def store_option(group: str, name: str, config_class: type) -> None:
     ConfigStore.instance().store(group=group, name=name, node=config_class, provider="verl")
 
 
+@functools.cache
 def store_schema() -> None:
     """Offer the whole config as `schema`, the first entry of every preset's defaults list, and further rewards as
     `reward@worker.reward.extra.NAME=function`."""
