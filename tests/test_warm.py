@@ -35,7 +35,9 @@ def run(python: list[str], folder, ending: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr.strip().rpartition("\n")[2]
 
 
-@pytest.mark.parametrize("ending", ["", "sys.exit(7)", "sys.exit('no')", "raise ValueError('no')", "os.kill(os.getpid(), 11)"])
+@pytest.mark.parametrize(
+    "ending", ["", "sys.exit(7)", "sys.exit('no')", "raise ValueError('no')", "os.kill(os.getpid(), 11)"]
+)
 def test_it_ends_as_what_is_started_does(tmp_path, ending):
     assert run(warm_python(), tmp_path, ending) == run([sys.executable], tmp_path, ending)
 
