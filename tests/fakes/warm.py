@@ -123,8 +123,8 @@ def tell(client: socket.socket, number: int) -> None:
 
 
 def run(words: list[str]) -> None:
-    """As `python WORDS` would, but for what is done at the end to free the memory: in a fork that copies it, which
-    takes two seconds. An exception other than SystemExit ends in the ordinary way."""
+    """Do as `python WORDS` would, but end without freeing memory: a fork copies what it frees, for two seconds. An
+    exception other than SystemExit ends in the ordinary way."""
     while words[0] == "-u":
         words = words[1:]
     status = None
