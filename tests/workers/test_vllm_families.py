@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from tests.fakes.cluster import Cluster, read_prompts, requests, start_cluster
 from tests.fakes.families import MODELS
@@ -12,9 +13,9 @@ from verl.models.forward import TOKENS
 
 pytestmark = pytest.mark.vllm
 
-# Model type, compute dtype, and how far engine and trainer may be apart; vLLM's linear attention on a CPU computes in
-# bfloat16 alone, and so does the trainer then.
-NEWEST = {"qwen3_5": ("qwen3_5", "bfloat16", 0.15), "internvl": ("internvl", "float32", 1e-3)}
+# Model type, compute dtype, and how far engine and trainer may be apart in the mean; vLLM's linear attention on a CPU
+# computes in bfloat16 alone, and so does the trainer then. Either may there be 0.13 from float32 at a single token.
+NEWEST = {"qwen3_5": ("qwen3_5", "bfloat16", 0.03), "internvl": ("internvl", "float32", 1e-4)}
 
 
 # test_vllm.py has Qwen2.5-VL, and the runs below have the two newest.
@@ -24,21 +25,21 @@ def test_vllm_and_trainer_agree_before_and_after_a_sync(families, model_type, ra
     folder = families[model_type]
     cluster = start_cluster(folder / "model", str(folder / "train.parquet"), "worker.rollout.name=vllm")
     try:
-        assert difference(cluster) < 1e-3
+        assert differences(cluster).max() < 1e-3
         cluster.train(folder)
-        assert difference(cluster) > 0.05  # the trainer has moved, and the engine had not yet
+        assert differences(cluster).max() > 0.05  # the trainer has moved, and the engine had not yet
         cluster.rollout.sync_weights(cluster.actor)
-        assert difference(cluster) < 1e-3
+        assert differences(cluster).max() < 1e-3
     finally:
         cluster.stop()
 
 
-def difference(cluster: Cluster) -> float:
-    """The largest between engine and trainer, of any token's log-prob."""
+def differences(cluster: Cluster) -> torch.Tensor:
+    """Of each token's log-prob, between engine and trainer."""
     prompts = read_prompts(cluster)
     responses = cluster.generate(prompts, requests(4))
     found = cluster.log_probs(join_responses(prompts, responses, 3).select([*TOKENS, "mm_inputs"]))
-    return (found - responses["rollout_log_probs"]).abs().max().item()
+    return (found - responses["rollout_log_probs"]).abs()[responses["response_mask"].bool()]
 
 
 @pytest.mark.run
@@ -59,10 +60,10 @@ def test_two_steps_of_papo_and_the_model_that_they_leave(families, model_type, d
     assert [line["step"] for line in found] == [1, 2]
     for line in found:
         assert line["actor/grad_norm"] > 0 and line["actor/perception_kl"] > 0 and line["actor/skipped_frac"] == 0
-        assert line["rollout/log_prob_diff_max"] < close  # before the first update, and behind the sync of others
+        assert line["rollout/log_prob_diff_mean"] < close  # before the first update, and behind the sync of others
     # The folder that a run leaves, as vLLM reads it and as transformers does.
     cluster = start_cluster(tmp_path / "run" / "model", str(folder / "train.parquet"), *engine)
     try:
-        assert difference(cluster) < close
+        assert differences(cluster).mean() < close
     finally:
         cluster.stop()
