@@ -50,7 +50,7 @@ def check_config(case: Case) -> Iterator[Finding]:
 
 
 def _family(case: Case) -> Family | None:
-    """Of the actor's model; None where it does not load, which check_model says."""
+    """The family of the actor's model; None where that does not load, which check_model says."""
     from verl.models.families import family_of
 
     try:
