@@ -13,9 +13,9 @@ from verl.models.forward import TOKENS
 
 pytestmark = pytest.mark.vllm
 
-# Model type, compute dtype, and how far engine and trainer may be apart in the mean; vLLM's linear attention on a CPU
-# computes in bfloat16 alone, and so does the trainer then. Either may there be 0.13 from float32 at a single token.
-NEWEST = {"qwen3_5": ("qwen3_5", "bfloat16", 0.03), "internvl": ("internvl", "float32", 1e-4)}
+# Model type, compute dtype, and how far engine and trainer may be apart, in the mean and at one token; vLLM's linear
+# attention on a CPU computes in bfloat16 alone, and so does the trainer then. Both were 0.13 from float32 at a token.
+NEWEST = {"qwen3_5": ("qwen3_5", "bfloat16", 0.02, 0.5), "internvl": ("internvl", "float32", 1e-4, 1e-3)}
 
 
 # test_vllm.py has Qwen2.5-VL, and the runs below have the two newest.
@@ -35,7 +35,7 @@ def test_vllm_and_trainer_agree_before_and_after_a_sync(families, model_type, ra
 
 
 def differences(cluster: Cluster) -> torch.Tensor:
-    """Of each token's log-prob, between engine and trainer."""
+    """Distance of engine and trainer in the log-prob of each token, [tokens]."""
     prompts = read_prompts(cluster)
     responses = cluster.generate(prompts, requests(4))
     found = cluster.log_probs(join_responses(prompts, responses, 3).select([*TOKENS, "mm_inputs"]))
@@ -43,8 +43,10 @@ def differences(cluster: Cluster) -> torch.Tensor:
 
 
 @pytest.mark.run
-@pytest.mark.parametrize(("model_type", "dtype", "close"), NEWEST.values(), ids=NEWEST)
-def test_two_steps_of_papo_and_the_model_that_they_leave(families, model_type, dtype, close, tmp_path, ray_cluster):
+@pytest.mark.parametrize(("model_type", "dtype", "mean", "largest"), NEWEST.values(), ids=NEWEST)
+def test_two_steps_of_papo_and_the_model_that_they_leave(
+    families, model_type, dtype, mean, largest, tmp_path, ray_cluster
+):
     engine = ["worker.rollout.name=vllm", f"worker.actor.fsdp.compute_dtype={dtype}"]
     (tmp_path / "reward.py").write_text(REWARD)
     overrides = [
@@ -60,10 +62,12 @@ def test_two_steps_of_papo_and_the_model_that_they_leave(families, model_type, d
     assert [line["step"] for line in found] == [1, 2]
     for line in found:
         assert line["actor/grad_norm"] > 0 and line["actor/perception_kl"] > 0 and line["actor/skipped_frac"] == 0
-        assert line["rollout/log_prob_diff_mean"] < close  # before the first update, and behind the sync of others
+        # Before the first update, and behind the sync of others.
+        assert line["rollout/log_prob_diff_mean"] < mean and line["rollout/log_prob_diff_max"] < largest
     # The folder that a run leaves, as vLLM reads it and as transformers does.
     cluster = start_cluster(tmp_path / "run" / "model", str(folder / "train.parquet"), *engine)
     try:
-        assert differences(cluster).mean() < close
+        found = differences(cluster)
+        assert found.mean() < mean and found.max() < largest
     finally:
         cluster.stop()
