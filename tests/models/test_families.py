@@ -24,7 +24,7 @@ from verl.data.collate import PromptCollator, join_responses
 from verl.data.dataset import PromptDataset
 from verl.data.views import add_view
 from verl.data.vision import VisionProcessor, load_special_tokens
-from verl.models import packed_linear
+from verl.models import onednn
 from verl.models.families import FAMILIES, family_of
 from verl.models.families.base import Images, positions_of_response
 from verl.protocol import DataProto
@@ -53,6 +53,13 @@ class Case:
 def case(request, families) -> Case:
     folder = families[request.param]
     return Case(request.param, folder, folder / "model", make_batch(folder))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def large_layers():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onednn, "LARGE", 0)  # linear layers are computed as in models of a useful size
+        yield
 
 
 @pytest.fixture
@@ -151,6 +158,7 @@ TWO_UPDATES = {"terms": TERMS, "live": False, "mini_batches": 2, "lr": 0.1}
 
 def _updates_of_rank(rank, folders):
     """By model type, what one of two ranks does to the weights with its half of the rows."""
+    onednn.LARGE = 0  # as in `large_layers`; this process is of its own
     halves = {model_type: make_batch(folder).chunk(2)[rank] for model_type, folder in folders.items()}
     return {name: gradient(folders[name] / "model", half, **TWO_UPDATES)[0] for name, half in halves.items()}
 
@@ -194,8 +202,7 @@ def test_values_of_a_critic_are_those_of_the_plain_model(case, one_rank):
         torch.testing.assert_close(values[row, : len(own)].double(), own.detach(), atol=1e-5, rtol=0)
 
 
-def test_hf_engine_and_trainer_agree(case, one_rank, monkeypatch):
-    monkeypatch.setattr(packed_linear, "WORTH_PACKING", 0)  # as in models of a useful size
+def test_hf_engine_and_trainer_agree(case, one_rank):
     path = str(case.folder / "train.parquet")
     overrides = [f"data.train_files={path}", "data.val_files=null", f"worker.actor.model.model_path={case.model}"]
     config = compose_config("quickstart", [*overrides, "data.format_prompt=null"])
@@ -203,7 +210,7 @@ def test_hf_engine_and_trainer_agree(case, one_rank, monkeypatch):
     data = PromptDataset(path, "data.train_files", config.data, vision)
     prompts = PromptCollator(vision.special.pad)([data[i] for i in range(4)])
     engine = HFEngine(config, vision.special, torch.device("cpu"))
-    assert len(engine.packed) > 10 or not packed_linear.is_supported()
+    assert len(engine.packed) > 10 or not onednn.is_supported()
     request = SamplingParams(n=3, temperature=0.8, top_p=1.0, top_k=-1, max_tokens=12, seed=0)
     responses = engine.generate(prompts, [replace(request, seed=i) for i in range(4)])
     actor = build_actor(case.model, temperature=0.8)

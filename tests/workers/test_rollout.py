@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 from transformers import GenerationConfig
 
 from tests.fakes.actors import build_actor, log_probs, process_group, update, weights
@@ -18,7 +17,7 @@ from verl.config.worker import RolloutConfig, SamplingOverride
 from verl.data.collate import PromptCollator, join_responses
 from verl.data.dataset import PromptDataset
 from verl.data.vision import VisionProcessor, load_special_tokens
-from verl.models import packed_linear
+from verl.models import onednn
 from verl.models.families.base import SpecialTokens
 from verl.workers.rollout.base import SamplingParams, train_sampling, validation_sampling
 from verl.workers.rollout.hf_engine import HFEngine
@@ -103,12 +102,12 @@ def test_log_probs_agree_after_a_weight_sync_of_a_trained_policy(setup, assets):
 def packed(setup, assets):
     """An engine like setup's whose linear layers are packed, as those of larger models are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed_linear, "WORTH_PACKING", 0)
+        patch.setattr(onednn, "LARGE", 0)
         config = compose_config("quickstart", [f"worker.actor.model.model_path={assets / 'model'}"])
         return HFEngine(config, setup[2].special, torch.device("cpu"))
 
 
-@pytest.mark.skipif(not packed_linear.is_supported(), reason="only on x86")
+@pytest.mark.skipif(not onednn.is_supported(), reason="only on x86")
 def test_packed_layers_say_what_plain_ones_say_before_and_after_a_weight_sync(setup, packed, assets):
     engine, prompts, _ = setup
     own = {name: weight.clone() for name, weight in engine.model.state_dict().items()}
@@ -127,25 +126,12 @@ def test_packed_layers_say_what_plain_ones_say_before_and_after_a_weight_sync(se
     assert names == set(packed.packed) and len(names) > 20
 
 
-@pytest.mark.skipif(not packed_linear.is_supported(), reason="only on x86")
+@pytest.mark.skipif(not onednn.is_supported(), reason="only on x86")
 def test_a_weight_of_a_packed_layer_that_is_missing_is_named(setup, packed):
     sent, name = dict(setup[0].model.state_dict()), sorted(packed.packed)[3]
     sent.pop(name)
     with pytest.raises(ValueError, match=f"left 1 weights as they were, such as '{name}'"):
         load(packed, sent)
-
-
-@pytest.mark.skipif(not packed_linear.is_supported(), reason="only on x86")
-def test_only_large_layers_with_a_weight_of_their_own_are_packed():
-    model = nn.ModuleDict({"large": nn.Linear(512, 256), "small": nn.Linear(511, 256), "head": nn.Linear(512, 256)})
-    model["embedding"] = nn.Embedding(256, 512)
-    model["head"].weight = model["embedding"].weight
-    rows = torch.randn(3, 7, 512)
-    expected = model["large"](rows)
-    model["tower"] = nn.Sequential(nn.Linear(512, 256))
-    assert list(packed_linear.pack_linears(model, model["tower"])) == ["large.weight"]
-    torch.testing.assert_close(model["large"](rows), expected, atol=1e-5, rtol=0)
-    assert not packed_linear.pack_linears(nn.Sequential(nn.Linear(512, 256, dtype=torch.bfloat16)), None)
 
 
 def test_weights_that_are_missing_or_unknown_are_named(setup):

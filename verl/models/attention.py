@@ -90,11 +90,17 @@ def window_attention(
     starts, lengths, found = cu_seq_lens_q[:-1], cu_seq_lens_q.diff(), []
     place = torch.arange(max_length_q, device=query.device)
     places = [starts[lengths == length, None] + place[:length] for length in lengths.unique().tolist()]
+    alike = len(places) == 1  # all segments, and so all patches in their order: nothing is copied
     for rows in places:  # segments of one length at a time: [G, length]
-        q, k, v = (tensor[0, :, rows].transpose(0, 1) for tensor in (query, key, value))
+        q, k, v = (
+            (tensor[0].unflatten(1, rows.shape) if alike else take(tensor[0], 1, rows)).transpose(0, 1)
+            for tensor in (query, key, value)
+        )
         found.append(F.scaled_dot_product_attention(q, k, v, scale=scaling).transpose(1, 2).flatten(0, 1))
+    if alike:
+        return found[0][None], None
     order = torch.cat([rows.flatten() for rows in places]).argsort()
-    return torch.cat(found)[order][None], None
+    return take(torch.cat(found), 0, order)[None], None
 
 
 def has_varlen(query: torch.Tensor) -> bool:
@@ -126,7 +132,7 @@ def _by_bucket(
         mask = bucket.mask.repeat(repeats, 1)
         answer = F.scaled_dot_product_attention(folded, seen_k, seen_v, attn_mask=mask, scale=scaling)
         answer = answer.unflatten(2, (repeats, -1)).flatten(1, 2)
-        found.append(answer.transpose(1, 2)[bucket.valid])
+        found.append(answer.transpose(1, 2).flatten(0, 1))
     return take(torch.cat(found), 0, segments.order)
 
 

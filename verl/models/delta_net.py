@@ -50,7 +50,7 @@ def forward(
             if len(bucket.responses):
                 own = tuple(take(each[0], 0, bucket.responses) for each in inputs)
                 response, _ = _scan(self, own, tuple(take(each, 0, bucket.owner) for each in state))
-                pieces.append(response[bucket.valid])
+                pieces.append(response.flatten(0, 1))
         found = take(torch.cat(pieces), 0, segments.order)[None]
         if cache is not None:
             joined = tuple(torch.cat(each) for each in zip(*states, strict=True))

@@ -28,14 +28,12 @@ class Bucket:
     Attributes:
         prefixes: [G, P] places in the packed row.
         responses: [M, W] places in the packed row; 0 behind a response's end.
-        valid: [M, W] bool, False behind a response's end.
         owner: [M] which of the prefixes a response belongs to.
         mask: [W, P + W] bool, what a response's token sees of its prefix and of its own.
     """
 
     prefixes: torch.Tensor
     responses: torch.Tensor
-    valid: torch.Tensor
     owner: torch.Tensor
     mask: torch.Tensor
 
@@ -47,7 +45,7 @@ class Segments:
     Attributes:
         buckets: The same segments as equal shapes, for attention without variable lengths.
         order: [T] for each place of the row, its place among the outputs of the buckets: of each first all prefixes,
-            then all valid response tokens.
+            then all rows of responses.
         query_ends: [S + 1] int32, where each segment begins and ends among the queries, which are in the row's order.
         key_ends: [S + 1] int32, the same among the gathered keys.
         keys: [K] places of the gathered keys: a prefix's own, or prefix and response.
@@ -178,7 +176,7 @@ def _segments(groups: list[_Group], total: int, device: torch.device) -> Segment
     by_length: dict[int, list[_Group]] = {}
     for group in groups:
         by_length.setdefault(group.length, []).append(group)
-    buckets, places = [], []
+    buckets, order, at = [], torch.empty(total, dtype=torch.int64), 0
     for length, members in by_length.items():
         spans = [(start, kept, number) for number, g in enumerate(members) for start, kept in g.spans if kept]
         width = max((kept for _, kept, _ in spans), default=0)
@@ -192,8 +190,11 @@ def _segments(groups: list[_Group], total: int, device: torch.device) -> Segment
         prefixes = torch.tensor([g.start for g in members])[:, None] + torch.arange(length)
         responses = torch.where(valid, first[:, None] + columns, 0)
         mask = torch.ones(width, length + width, dtype=torch.bool).tril(length)
-        places += [prefixes.flatten(), responses[valid]]
-        buckets.append(Bucket(*(t.to(device) for t in (prefixes, responses, valid, owner, mask))))
+        order[prefixes.flatten()] = torch.arange(prefixes.numel()) + at
+        at += prefixes.numel()
+        order[responses[valid]] = valid.flatten().nonzero().flatten() + at
+        at += valid.numel()
+        buckets.append(Bucket(*(t.to(device) for t in (prefixes, responses, owner, mask))))
     queries, keys = [], []
     for group in groups:
         own = torch.arange(group.start, group.start + group.length)
@@ -204,8 +205,6 @@ def _segments(groups: list[_Group], total: int, device: torch.device) -> Segment
                 queries.append(kept)
                 keys.append(torch.cat([own, torch.arange(start, start + kept)]))
     counts = [len(piece) for piece in keys]
-    order = torch.empty(total, dtype=torch.int64)
-    order[torch.cat(places)] = torch.arange(total)
     return Segments(
         tuple(buckets),
         order.to(device),

@@ -21,6 +21,7 @@ from verl.models.attention import use_segments
 from verl.models.families import family_of
 from verl.models.loading import load_model, resolve_dtype
 from verl.models.lora import add_adapter
+from verl.models.onednn import use_onednn
 from verl.models.policy import PolicyModel
 from verl.models.value import ValueModel
 
@@ -42,7 +43,8 @@ def build_sharded(
     """
     # Below adapters weights are frozen: in the dtype that they compute in they take half the memory on GPUs, and give
     # the same forward.
-    kept = resolve_dtype(fsdp.compute_dtype, device.type) if model.lora.rank else dtype
+    compute = resolve_dtype(fsdp.compute_dtype, device.type)
+    kept = compute if model.lora.rank else dtype
     inner = load_model(
         model.model_path,
         kept,
@@ -51,6 +53,8 @@ def build_sharded(
         empty=dist.get_rank() != 0,
     )
     use_segments(inner)
+    if device.type == "cpu" and compute == torch.float32:
+        use_onednn(inner)
     if model.enable_gradient_checkpointing:
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if model.freeze_vision_tower:

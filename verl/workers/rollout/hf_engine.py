@@ -13,7 +13,7 @@ from verl.models.cache import ResponseCache
 from verl.models.families import family_of
 from verl.models.families.base import Family, SpecialTokens, positions_of_response
 from verl.models.loading import load_model, resolve_dtype
-from verl.models.packed_linear import pack_linears
+from verl.models.onednn import pack_linears
 from verl.models.packing import pack
 from verl.models.policy import response_states
 from verl.protocol import DataProto
