@@ -88,8 +88,10 @@ def run(
         *("trainer.val_before_train=false", "trainer.val_after_train=false", "trainer.val_freq=0"),
         *("trainer.save_freq=0", "trainer.save_model=false", "trainer.resume=never", f"trainer.output_dir={out}"),
     ]
-    if tree == HERE:  # a prompt's activations fit the cores' caches; the key is younger than some trees
-        given.append("worker.actor.max_tokens_per_micro_batch=4096")
+    if tree == HERE:  # keys that are younger than some trees
+        given.append("worker.actor.max_tokens_per_micro_batch=4096")  # a prompt's activations fit the cores' caches
+        if options.engine == "vllm":
+            given.append("worker.rollout.enforce_eager=false")
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONHASHSEED": "0"}
     command = [sys.executable, "-m", "verl.trainer.main", "--config-name", preset, *given, *overrides]
     done = subprocess.run(

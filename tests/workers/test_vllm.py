@@ -159,6 +159,7 @@ def test_options_reach_the_engine_under_the_names_that_users_know(assets):
     cpu, gpu = arguments("cpu"), arguments("cuda", "worker.rollout.gpu_memory_utilization=0.5")
     assert (cpu["dtype"], cpu["enforce_eager"], cpu["enable_chunked_prefill"]) == ("float32", True, False)
     assert (gpu["dtype"], gpu["enforce_eager"], gpu["enable_chunked_prefill"]) == ("bfloat16", False, True)
+    assert not arguments("cpu", "worker.rollout.enforce_eager=false")["enforce_eager"]
     assert gpu["gpu_memory_utilization"] == 0.5 and gpu["enable_sleep_mode"] and "enable_sleep_mode" not in cpu
     assert gpu["max_model_len"] == 4096 + 2048 and gpu["max_num_batched_tokens"] == 8192
     assert not arguments("cuda", "worker.rollout.dedicated_gpus=2")["enable_sleep_mode"]

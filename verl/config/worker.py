@@ -213,7 +213,9 @@ class RolloutConfig:
         least=1,
         most=2,
     )
-    enforce_eager: bool = option(False, "no CUDA graphs (vllm)")
+    enforce_eager: bool | None = option(
+        None, "no CUDA graphs and no compiled layers (vllm); null: on CPU, where compiling takes half a minute"
+    )
     enable_chunked_prefill: bool | None = option(None, "prefill in pieces (vllm); null: on GPUs")
     max_model_len: int | None = option(None, "longest sequence (vllm); null: the longest prompt and response")
     max_num_batched_tokens: int = option(8192, "tokens of an engine's step (vllm)", above=0)

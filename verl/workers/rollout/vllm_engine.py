@@ -232,7 +232,7 @@ def engine_arguments(config: Config, device: torch.device) -> dict[str, Any]:
         "max_num_seqs": rollout.max_num_seqs,
         "max_num_batched_tokens": batched if chunked else max(batched, length),
         "enable_chunked_prefill": chunked,
-        "enforce_eager": rollout.enforce_eager or on_cpu,
+        "enforce_eager": on_cpu if rollout.enforce_eager is None else rollout.enforce_eager,
         "tensor_parallel_size": rollout.tensor_parallel_size,
         "distributed_executor_backend": "mp" if rollout.tensor_parallel_size > 1 else "uni",
         "limit_mm_per_prompt": {"video": 0} | ({"image": rollout.limit_images} if rollout.limit_images else {}),
