@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests sta
 # Ray's default depends on how a cluster starts and on what earlier ones have left at home: clusters and drivers that
 # disagree take each other for dead. A cold run (tests/fakes/runs.py) with a Ray of its own has the default.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # as `start_ray` has it for a run
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

@@ -17,6 +17,8 @@ from verl.models.forward import TOKENS
 from verl.workers.rollout.vllm_engine import engine_arguments
 
 pytestmark = pytest.mark.vllm
+# For what has nothing to do with the weight that head and embedding may share.
+UNTIED = pytest.mark.parametrize("model", ["untied"], indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,7 @@ def test_the_other_carriers_reach_vllms_workers(cluster, assets, carrier):
     assert difference(cluster, prompts, cluster.generate(prompts, requests(4)), 3).max() < 1e-4
 
 
+@UNTIED
 def test_seeds_make_responses_repeatable_and_the_samples_of_a_prompt_differ(cluster):
     prompts, sampling = read_prompts(cluster), requests(4)
     first, again = cluster.generate(prompts, sampling), cluster.generate(prompts, sampling)
@@ -85,6 +88,7 @@ def test_seeds_make_responses_repeatable_and_the_samples_of_a_prompt_differ(clus
     assert not torch.equal(first["responses"], other["responses"])
 
 
+@UNTIED
 def test_responses_end_with_the_end_token_and_hold_no_modality_token(cluster):
     special = cluster.vision.special
     out = cluster.generate(read_prompts(cluster), requests(4, n=30, max_tokens=40))
@@ -104,6 +108,7 @@ def first_tokens(cluster, prompts, **changes) -> list[dict[int, float]]:
     return [dict(pairs[60 * index : 60 * index + 60]) for index in range(len(prompts))]
 
 
+@UNTIED
 def test_log_probs_are_those_of_the_distribution_that_was_sampled(cluster):
     prompts = read_prompts(cluster)
     plain, cold = first_tokens(cluster, prompts), first_tokens(cluster, prompts, temperature=0.5)
@@ -115,6 +120,7 @@ def test_log_probs_are_those_of_the_distribution_that_was_sampled(cluster):
         assert cool[high] - cool[low] == pytest.approx(2 * (warm[high] - warm[low]), abs=1e-4)
 
 
+@UNTIED
 def test_prompts_that_cannot_be_are_refused_by_name(cluster):
     prompts = read_prompts(cluster)
     ids = prompts["prompt_ids"].clone()
@@ -125,6 +131,7 @@ def test_prompts_that_cannot_be_are_refused_by_name(cluster):
         cluster.generate(prompts.with_columns({"prompt_ids": ids}), requests(4))
 
 
+@UNTIED
 def test_a_replica_that_is_killed_comes_back_with_the_weights_and_nothing_is_lost(cluster, assets):
     prompts, sampling = read_prompts(cluster), requests(4, n=16, max_tokens=200)
     cluster.train(assets, updates=1)
