@@ -90,7 +90,7 @@ def window_attention(
     starts, lengths, found = cu_seq_lens_q[:-1], cu_seq_lens_q.diff(), []
     place = torch.arange(max_length_q, device=query.device)
     places = [starts[lengths == length, None] + place[:length] for length in lengths.unique().tolist()]
-    alike = len(places) == 1  # all segments, and so all patches in their order: nothing is copied
+    alike = len(places) == 1  # then the segments are the row itself, cut evenly, and nothing is copied
     for rows in places:  # segments of one length at a time: [G, length]
         q, k, v = (
             (tensor[0].unflatten(1, rows.shape) if alike else take(tensor[0], 1, rows)).transpose(0, 1)
