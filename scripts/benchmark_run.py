@@ -88,7 +88,7 @@ def run(
         *("trainer.val_before_train=false", "trainer.val_after_train=false", "trainer.val_freq=0"),
         *("trainer.save_freq=0", "trainer.save_model=false", "trainer.resume=never", f"trainer.output_dir={out}"),
     ]
-    if tree == HERE:  # keys that are younger than some trees
+    if tree == HERE:  # older trees do not know the one key, and overrule the other on a CPU
         given.append("worker.actor.max_tokens_per_micro_batch=4096")  # a prompt's activations fit the cores' caches
         if options.engine == "vllm":
             given.append("worker.rollout.enforce_eager=false")
